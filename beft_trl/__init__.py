@@ -1,0 +1,20 @@
+"""Bias-efficient fine-tuning with TRL: scores the query, key and value bias of a language model, trains the best."""
+
+from .config import BeftConfigMixin, BeftSFTConfig
+from .importance import BiasScores
+from .layout import BiasSite, UnsupportedLayoutError, find_bias_sites
+from .trainer import BeftSFTTrainer, BeftTrainerMixin
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BeftConfigMixin",
+    "BeftSFTConfig",
+    "BeftSFTTrainer",
+    "BeftTrainerMixin",
+    "BiasScores",
+    "BiasSite",
+    "UnsupportedLayoutError",
+    "find_bias_sites",
+]

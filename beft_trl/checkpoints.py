@@ -1,0 +1,111 @@
+"""What makes a checkpoint complete: a manifest of its files, written last. Passes over those that are not."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import sort_checkpoints
+
+
+# Not accelerate's logger, which wants a running accelerator: checkpoints are also looked at without one.
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "beft_checkpoint.json"
+
+
+def check_writable(output_dir: str | Path) -> None:
+    """Raises OSError where no file can be written to `output_dir`, which is made if it is missing."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"output_dir {output_dir} cannot be written ({error.strerror}): nothing was loaded or trained. Give a "
+            "folder that you may write to, on a disk with free space."
+        ) from error
+
+
+def mark_complete(checkpoint: str | Path, engine: str, processes: int) -> None:
+    """Writes the manifest, when every process has written its files: their sizes and hashes, and what wrote them.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        engine: name of the engine that can resume it, see `engines.ENGINES`.
+        processes: number of processes that wrote it.
+    """
+    folder = Path(checkpoint)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"engine": engine, "processes": processes, "files": files}
+    partial = folder / f".{MANIFEST_FILE}"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(folder / MANIFEST_FILE)
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """Why a checkpoint is not complete, or `None` where it is."""
+    folder = Path(checkpoint)
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_FILE}: it was not written to the end, or not by a BEFT run"
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST_FILE} is damaged"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint of a run; a warning names those that were passed over for it."""
+    checkpoints = sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []
+    passed_over: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        reason = damage(checkpoint)
+        if reason is None:
+            if passed_over:
+                logger.warning(f"Resuming from {checkpoint}: passed over {'; '.join(passed_over)}.")
+            return checkpoint
+        passed_over.append(f"{checkpoint}, since {reason}")
+    if passed_over:
+        logger.warning(f"No complete checkpoint in {output_dir}: passed over {'; '.join(passed_over)}.")
+    return None
+
+
+def refuse_other_engine(checkpoint: str | Path, engine: str, processes: int) -> None:
+    """Raises ValueError where a checkpoint is damaged or its optimizer states are laid out for another engine."""
+    reason = damage(checkpoint)
+    if reason is not None:
+        raise ValueError(
+            f"{checkpoint} cannot be resumed: {reason}. Use resume_from_checkpoint=True for the newest complete one."
+        )
+    manifest: dict[str, Any] = json.loads((Path(checkpoint) / MANIFEST_FILE).read_text(encoding="utf-8"))
+    written = (manifest["engine"], manifest["processes"])
+    if written != (engine, processes):
+        raise ValueError(
+            f"{checkpoint} was written by {written[0]} on {written[1]} process(es), and this run is {engine} on "
+            f"{processes}: optimizer states and batches are split otherwise. Resume as it was written, or start anew "
+            "in another output_dir."
+        )
+
+
+def _sha256(path: Path) -> str:
+    # A checkpoint of deltas is small: its largest file is the tokenizer.
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,122 @@
+"""The settings of a BEFT run: what is added to a Transformers or TRL training configuration, and its defaults."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+from .importance import SCORE_OF_METHOD
+from .layout import TERMS
+
+
+CHOICES = {
+    "bias_term": ["auto", *TERMS, "all"],
+    "score_method": list(SCORE_OF_METHOD),
+    "score_anchor": ["auto", "bias", "activation"],
+}
+
+
+@dataclass
+class BeftConfigMixin:
+    """The BEFT settings, to be put before any configuration that derives from `transformers.TrainingArguments`:
+    `@dataclass class BeftDPOConfig(BeftConfigMixin, DPOConfig)`.
+
+    Args:
+        bias_term: the term to train. `"auto"` scores query, key and value first and takes the best; `"all"` trains
+            the three together.
+        score_method: how the terms are ranked: `"beft"` (angle and change of magnitude together), `"magnitude"` or
+            `"fisher"`. All three are reported.
+        score_steps: optimizer steps of the scoring pass, which runs over as many batches a second time for the
+            gradients before any update. `None` stands for 5, or a tenth of a run of fewer than 50 steps.
+        score_learning_rate: constant learning rate of the scoring pass.
+        score_anchor: the biases that the change is measured from: `"bias"`, the model's own, `"activation"`, the mean
+            of each projection's output over the tokens of the scoring batches, or `"auto"`, the model's own where
+            every layer has one that is not zero.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    bias_term: str = field(
+        default="auto",
+        metadata={
+            "help": "Attention bias term to train: `auto` scores all three and takes the best, `all` trains them "
+            "together.",
+            "choices": CHOICES["bias_term"],
+        },
+    )
+    score_method: str = field(
+        default="beft",
+        metadata={"help": "Score that ranks the terms.", "choices": CHOICES["score_method"]},
+    )
+    score_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps of the scoring pass. Default: 5, or a tenth of a run under 50 steps."},
+    )
+    score_learning_rate: float = field(default=1e-3, metadata={"help": "Constant learning rate of the scoring pass."})
+    score_anchor: str = field(
+        default="auto",
+        metadata={
+            "help": "What the change of a bias is measured from: the model's own bias, the mean output of its "
+            "projection, or `auto`: the first where every layer has one.",
+            "choices": CHOICES["score_anchor"],
+        },
+    )
+
+    def __post_init__(self):
+        # argparse checks `choices` for the command line only, not for YAML or Python.
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}.")
+        if self.score_steps is not None and (not isinstance(self.score_steps, int) or self.score_steps < 1):
+            raise ValueError(
+                f"score_steps={self.score_steps!r} cannot score anything: give a whole number of at least 1, or leave "
+                "it out."
+            )
+        if not self.score_learning_rate > 0:
+            raise ValueError(
+                f"score_learning_rate={self.score_learning_rate!r} moves no bias, so there is nothing to score: give "
+                "a positive number."
+            )
+        self._set_up_cpu_under_a_launcher()
+        super().__post_init__()
+        self._checkpoint_reentrantly_under_zero3()
+
+    def _set_up_cpu_under_a_launcher(self) -> None:
+        # Without these two settings the processes that a launcher starts on a CPU do not form one run: each trains by
+        # itself, and the losses are scaled as if they had.
+        launched = int(os.environ.get("LOCAL_RANK", -1)) >= 0
+        if launched and (self.use_cpu or not torch.accelerator.is_available()):
+            self.use_cpu = True
+            self.ddp_backend = self.ddp_backend or "gloo"
+
+    def _checkpoint_reentrantly_under_zero3(self) -> None:
+        # ZeRO-3 with PEFT recomputes activations of other shapes otherwise (huggingface/trl#2514). TRL 1.16 sets it by
+        # the old name, after Transformers has copied that to the one it reads. This goes when TRL sets the new one.
+        if self.gradient_checkpointing and self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
+            for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+                if hasattr(self, name):
+                    setattr(self, name, {**(getattr(self, name) or {}), "use_reentrant": True})
+
+
+@dataclass
+class BeftSFTConfig(BeftConfigMixin, SFTConfig):
+    """`trl.SFTConfig` with the BEFT settings of [`BeftConfigMixin`] and defaults that suit biases.
+
+    Args:
+        learning_rate: 3e-3. A bias has no multiplicative effect to blow up, and 2e-5 would hardly move it; the paper
+            has 1e-3.
+        weight_decay: 0.0. Decay would pull a bias back towards the pretrained one.
+        bf16: as in TRL, on where neither it nor `fp16` is given, but off where the device cannot (TRL's own default
+            is an error there).
+    """
+
+    learning_rate: float = field(default=3e-3, metadata={"help": "The initial learning rate for AdamW."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the biases."})
+
+    def __post_init__(self):
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = self.use_cpu or is_torch_bf16_gpu_available()
+        super().__post_init__()

@@ -1,0 +1,147 @@
+"""What a person reads of a run: the terminal table, the heat map and the model card."""
+
+import io
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from rich.table import Table
+
+from .importance import SCORE_OF_METHOD, BiasScores
+
+
+ANCHORS = {
+    "bias": "the model's own bias",
+    "activation": "the mean output of its projection over the tokens of the scoring batches",
+}
+PAPER = {
+    "title": "BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes",
+    "id": "2509.15974",
+    "citation": """@inproceedings{huang-etal-2026-beft,
+  title = {{BEFT}: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes},
+  author = {Huang, Baichuan and Balashankar, Ananth and Aminifar, Amir},
+  booktitle = {Proceedings of the 64th Annual Meeting of the Association for Computational Linguistics},
+  year = {2026},
+}""",
+}
+
+
+def scores_table(scores: BiasScores, trainable: int, total: int) -> Table:
+    """The scores of every term, with the choice, its margin and why a term is out.
+
+    Args:
+        scores: what the scoring pass found.
+        trainable: number of parameters that will be trained.
+        total: number of parameters of the whole model.
+    """
+    table = Table(title=f"Bias terms of {scores.base_model or 'the model'}", caption=choice(scores, trainable, total))
+    for heading in ("term", "importance", "magnitude", "Fisher", "layers", "parameters", ""):
+        table.add_column(heading, justify="left" if heading in ("term", "") else "right")
+    for name in [*scores.ranking, *(name for name in scores.terms if name not in scores.ranking)]:
+        term = scores.terms[name]
+        values = [term.score(score) for score in SCORE_OF_METHOD.values()]
+        table.add_row(
+            name,
+            *("" if value is None else f"{value:.2e}" for value in values),
+            str(len(term.layers)) if term.layers else "",
+            f"{term.parameters:,}",
+            "dead" if term.dead else ("trained" if scores.selected in (name, "all") else ""),
+            style="bold" if name == scores.selected else "dim" if term.dead else "",
+        )
+    return table
+
+
+def choice(scores: BiasScores, trainable: int, total: int) -> str:
+    """One paragraph: what is trained, why, and how much of the model it is."""
+    sentences = []
+    if scores.method is None:
+        sentences.append(f"Training the {scores.selected} bias as asked, without scoring.")
+    else:
+        by = f"by {scores.ranked_by} after {scores.steps} steps, anchored at {ANCHORS[scores.anchor or 'bias']}"
+        margin = f", {scores.margin:.3g} times the second" if scores.margin is not None else ""
+        sentences.append(f"Training the {scores.selected} bias: first {by}{margin}.")
+    sentences.append(f"{trainable:,} trainable of {total:,} parameters ({trainable / total:.4%}).")
+    sentences += [f"The {name} bias is dead: {term.dead}." for name, term in scores.terms.items() if term.dead]
+    return " ".join(sentences)
+
+
+def heat_map(scores: BiasScores) -> bytes:
+    """A PNG of the scores that the terms were ranked by: one row for each term, one column for each layer."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    score = scores.ranked_by
+    layers = sorted({layer.layer for term in scores.terms.values() for layer in term.layers})
+    rows = [
+        [{layer.layer: getattr(layer, score) for layer in scores.terms[name].layers}.get(index) for index in layers]
+        for name in scores.ranking
+    ]
+    values = [[float("nan") if value is None else value for value in row] for row in rows]
+    positive = [value for row in rows for value in row if value]
+    # Scores of terms differ by orders of magnitude, so the colours are logarithmic.
+    norm = LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else None
+    figure = Figure(figsize=(max(5.0, 1.8 + 0.32 * len(layers)), 1.4 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm)
+    axes.set_yticks(range(len(rows)), scores.ranking)
+    stride = -(-len(layers) // 40)
+    axes.set_xticks(range(0, len(layers), stride), [str(layer) for layer in layers[::stride]])
+    axes.set_xlabel("layer")
+    axes.set_title(f"{score} of each bias term, {scores.selected} is trained", fontsize=10)
+    figure.colorbar(image, ax=axes)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()
+
+
+def model_card(
+    scores: BiasScores,
+    trainable: int,
+    total: int,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: list[str] | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+) -> ModelCard:
+    """The README of an adapter: what was trained and why, and how to load it with PEFT alone."""
+    base = scores.base_model or "BASE_MODEL"
+    # The hub takes names of its own models only: a local path would fail its validation.
+    on_hub = bool(scores.base_model) and not Path(scores.base_model).exists() and scores.base_model.count("/") <= 1
+    data = ModelCardData(
+        base_model=scores.base_model if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation" if auto_class == "AutoModelForCausalLM" else None,
+        datasets=dataset_name,
+        tags=sorted({"beft", *(tags or [])}),
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {model_name or 'BEFT adapter'}",
+        f"The {scores.selected} bias of every attention layer of `{base}`, fine-tuned with BEFT. The base model is "
+        "frozen: this folder holds nothing but the change of the bias, in fp32.",
+        choice(scores, trainable, total),
+    ]
+    if scores.method is not None:
+        sections += [_markdown_table(scores), "![scores of each term and layer](beft_scores.png)"]
+    sections += [
+        "## How to load it\n\n"
+        "It is an adapter of PEFT's own BEFT tuner (PEFT 0.20 or later) and needs no other package:\n\n"
+        "```python\n"
+        "from peft import PeftModel\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\n"
+        f'model = {auto_class}.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        "```",
+        f"## Citation\n\n```bibtex\n{PAPER['citation']}\n```",
+    ]
+    return ModelCard("\n\n".join(sections) + "\n")
+
+
+def _markdown_table(scores: BiasScores) -> str:
+    lines = ["| term | importance | magnitude | Fisher | parameters | |", "|---|---:|---:|---:|---:|---|"]
+    for name, term in scores.terms.items():
+        values = [term.score(score) for score in SCORE_OF_METHOD.values()]
+        cells = ["" if value is None else f"{value:.2e}" for value in values]
+        note = "dead" if term.dead else "trained" if scores.selected in (name, "all") else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {term.parameters:,} | {note} |")
+    return "\n".join(lines)

@@ -1,0 +1,549 @@
+"""Scores the bias terms, selects one, trains and saves it: `BeftTrainerMixin` for any Trainer, and TRL's with it."""
+
+import copy
+import gc
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DefaultFlowCallback,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.training_args import ParallelMode
+from trl import SFTTrainer
+from trl.data_utils import is_conversational
+
+from . import report
+from .checkpoints import check_writable, last_complete_checkpoint, mark_complete, refuse_other_engine
+from .config import BeftConfigMixin, BeftSFTConfig
+from .engines import engine_of, refuse_cell
+from .importance import SCORE_OF_METHOD, BiasScores, rank
+from .layout import TERMS, find_bias_sites, sites_of_term
+from .scoring import ScoringProbe, ScoringProgress, score_terms
+from .tuner import (
+    adapter_state_dict,
+    attach_deltas,
+    beft_config,
+    check_moved,
+    deltas_as_state_dict,
+    deltas_to_fp32,
+    gather_deltas,
+    keep_deltas,
+    native_biases,
+    quiet_about_merging,
+    zero_deltas,
+)
+
+
+logger = get_logger(__name__)
+
+SCORES_FILE = "beft_scores.json"
+HEAT_MAP_FILE = "beft_scores.png"
+DEFAULT_SCORE_STEPS = 5
+
+
+class BeftTrainerMixin:
+    """Adds BEFT to a `transformers.Trainer` class: `class BeftDPOTrainer(BeftTrainerMixin, DPOTrainer)`.
+
+    `train()` is two runs of the trainer's own loop. The first, a short one, trains every candidate bias and is thrown
+    away but for its scores; the second is the user's run, of the selected bias alone.
+
+    Args:
+        model: a loaded model, or its name or path for trainers that load models and take a `peft_config`.
+        args: a training configuration with the fields of [`BeftConfigMixin`].
+        others: whatever the trainer takes, except a `peft_config` or ready-made `optimizers`.
+
+    Attributes:
+        bias_scores: [`BiasScores`] of the run, from `train()` on.
+        selected_bias_term: `"query"`, `"key"`, `"value"` or `"all"`, from `train()` on.
+
+    Raises:
+        TypeError, ValueError: for arguments that exclude each other or that cannot train, before anything is loaded.
+    """
+
+    args: Any
+    bias_scores: BiasScores | None = None
+    selected_bias_term: str | None = None
+    _heat_map: bytes | None = None
+
+    def __init__(self, model: str | PreTrainedModel, args: Any, *others: Any, **kwargs: Any):
+        _refuse_arguments(model, args, kwargs)
+        check_writable(args.output_dir)
+        if isinstance(model, str):
+            init = args.model_init_kwargs or {}
+            quantization = kwargs.get("quantization_config") or init.get("quantization_config")
+            refuse_cell(args, quantization, init.get("dtype"))
+        sites = find_bias_sites(_skeleton(model, args) if isinstance(model, str) else model)
+        candidates = sites_of_term(sites, args.bias_term)
+        if isinstance(model, str):
+            kwargs["peft_config"] = beft_config(candidates)
+        else:
+            model = attach_deltas(model, candidates)  # type: ignore[assignment]
+        with quiet_about_merging():
+            super().__init__(model, args, *others, **kwargs)
+        if self.accelerator.num_processes > 1 and self.args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise RuntimeError(
+                f"{self.accelerator.num_processes} processes were launched, but they do not form one distributed run: "
+                "each would train by itself. On a CPU set use_cpu=True and ddp_backend='gloo'."
+            )
+        self._all_sites = sites
+        self._sites = candidates
+        deltas_to_fp32(self.model)
+        self.add_callback(_LogScores(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any):
+        """Scores the bias terms where `bias_term="auto"`, keeps the selected one, and trains it.
+
+        A run that resumes continues with the selection recorded in its checkpoint and does not score again.
+
+        Raises:
+            ValueError: for an output folder of a different run, a checkpoint with another selection, or `score_steps`
+                beyond the run.
+            FloatingPointError: where a loss is NaN or infinite, before its optimizer step.
+            RuntimeError: where a delta did not move.
+        """
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        if checkpoint is not None:
+            refuse_other_engine(checkpoint, engine_of(self.args), self.args.world_size)
+            self._select(self._recorded_scores(checkpoint))
+        elif self.bias_scores is None:
+            self._refuse_foreign_output()
+            self._select(self._score() if self.args.bias_term == "auto" else self._unscored())
+        output = super().train(checkpoint, *others, **kwargs)
+        check_moved(gather_deltas(self.model, self._sites))
+        return output
+
+    def _score(self) -> BiasScores:
+        steps = self._score_steps()
+        anchor = self._score_anchor()
+        terms = [term for term in TERMS if any(site.term == term for site in self._sites)]
+        quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+        with closing(ScoringProgress(terms, 2 * steps, disable=quiet)) as progress:
+            with ScoringProbe(self.model, self._sites, self.accelerator) as probe:
+                untouched = self._train_aside(steps, 0.0, probe, progress)
+            moved = self._train_aside(steps, self.args.score_learning_rate, progress)
+        if any(values.any() for values in untouched.values()) or not any(values.any() for values in moved.values()):
+            raise RuntimeError(
+                "The scoring pass trains at learning_rate=0 to measure gradients, at score_learning_rate to measure "
+                f"changes, and optim={self.args.optim!s} moved the biases in the first or left them in the second: it "
+                "does not follow the learning rate. Use another optim, or give an explicit bias_term."
+            )
+        before = native_biases(self.model, self._sites) if anchor == "bias" else probe.mean_outputs
+        scored = score_terms(self._all_sites, before, moved, probe.gradients)
+        return BiasScores(
+            selected=rank(scored, self.args.score_method)[0],
+            method=self.args.score_method,
+            anchor=anchor,
+            steps=steps,
+            base_model=self._base_model_name(),
+            terms=scored,
+        )
+
+    def _unscored(self) -> BiasScores:
+        return BiasScores(
+            selected=self.args.bias_term,
+            method=None,
+            anchor=None,
+            steps=0,
+            base_model=self._base_model_name(),
+            terms=score_terms(self._all_sites, {}, {}, {}),
+        )
+
+    def _select(self, scores: BiasScores) -> None:
+        self.bias_scores = scores
+        self.selected_bias_term = scores.selected
+        self._sites = [site for site in self._sites if scores.selected in (site.term, "all")]
+        keep_deltas(self.model, self._sites)
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            Console().print(report.scores_table(scores, *self.model.get_nb_trainable_parameters()))
+
+    def _train_aside(self, steps: int, learning_rate: float, *callbacks: TrainerCallback) -> dict:
+        """Trains for `steps` steps at a constant rate, then puts everything back but the deltas that it returns.
+
+        It is no run of the user's: none of its callbacks and trackers are called, nothing is evaluated or saved.
+        """
+        before = dict(vars(self))
+        # TRL fills these dictionaries in place; everything else that the loop changes is bound anew.
+        metrics = {name: value for name, value in before.items() if name.endswith("_metrics") and type(value) is dict}
+        before.update(copy.deepcopy(metrics))
+        plugin = self.args.deepspeed_plugin
+        deepspeed_config = copy.deepcopy(plugin.hf_ds_config.config) if plugin is not None else {}
+        if plugin is not None:
+            # An optimizer or scheduler of DeepSpeed's own would have learning rates of its own.
+            plugin.hf_ds_config.config.pop("optimizer", None)
+            plugin.hf_ds_config.config.pop("scheduler", None)
+        self.args = _scoring_args(self.args, steps, learning_rate)
+        self.control = TrainerControl()
+        self.callback_handler = CallbackHandler(
+            [DefaultFlowCallback(), *callbacks], self.model, self.processing_class, None, None
+        )
+        with _random_state_kept():
+            try:
+                super().train()
+                return gather_deltas(self.model, self._sites)
+            finally:
+                if self.is_deepspeed_enabled and self.deepspeed is not None:
+                    self.deepspeed.destroy()
+                self.model.zero_grad(set_to_none=True)
+                # Takes off the engine and the autocast wrapper that `accelerator.prepare` put around the model.
+                self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+                zero_deltas(self.model, self._sites)
+                vars(self).clear()
+                vars(self).update(before)
+                if plugin is not None:
+                    # In place: DeepSpeed's "auto" values were filled in from the settings of this short run.
+                    plugin.hf_ds_config.config.clear()
+                    plugin.hf_ds_config.config.update(deepspeed_config)
+                self.accelerator.free_memory()
+                gc.collect()
+
+    def _score_steps(self) -> int:
+        with _random_state_kept():
+            run_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        asked = self.args.score_steps
+        if asked is not None and asked > run_steps:
+            raise ValueError(
+                f"score_steps={asked} is more than the {run_steps} optimizer steps of this run. Give at most "
+                f"{run_steps}, leave it out for a tenth of the run, or name the bias_term."
+            )
+        steps = asked or min(DEFAULT_SCORE_STEPS, max(1, run_steps // 10))
+        if asked is None and steps < DEFAULT_SCORE_STEPS:
+            logger.warning(
+                f"The scoring pass takes {steps} of its usual {DEFAULT_SCORE_STEPS} steps, a tenth of this run of "
+                f"{run_steps} steps. Set score_steps for another number."
+            )
+        return steps
+
+    def _score_anchor(self) -> str:
+        biases = native_biases(self.model, self._sites).values()
+        has_biases = all(bias is not None and bool(bias.any()) for bias in biases)
+        if self.args.score_anchor == "bias" and not has_biases:
+            raise ValueError(
+                "score_anchor='bias' says nothing of this model: it has projections without a bias, or with one of "
+                "zeros, where the importance of every change is 1. Use 'activation' or 'auto'."
+            )
+        if self.args.score_anchor != "auto":
+            return self.args.score_anchor
+        return "bias" if has_biases else "activation"
+
+    def compute_loss(self, model: nn.Module, *others: Any, **kwargs: Any):
+        computed = super().compute_loss(model, *others, **kwargs)
+        loss = computed[0] if isinstance(computed, tuple) else computed
+        if self.model.training and not math.isfinite(loss.item()):
+            last = last_complete_checkpoint(self.args.output_dir)
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Stopped before the optimizer step; "
+                + (f"the last checkpoint is {last}. " if last else "no checkpoint was written yet. ")
+                + "Lower learning_rate, or look at the rows of this step."
+            )
+        return computed
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter with its scores, heat map and model card. Every process calls it."""
+        if self.bias_scores is None:
+            raise RuntimeError("There is no bias to save yet: call train() first, it selects the one to train.")
+        # The Trainer would gather the frozen base from the engine too, and the deltas in the engine's 16 bits.
+        self._save(output_dir or self.args.output_dir, state_dict=adapter_state_dict(self.model, self._sites))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not all(values.isfinite().all() for values in (state_dict or {}).values()):
+            raise FloatingPointError(
+                f"The bias deltas are not finite after step {self.state.global_step}, so they are not saved. Lower "
+                "learning_rate and resume from the last checkpoint."
+            )
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.bias_scores is not None:
+            folder = Path(output_dir or self.args.output_dir)
+            self.bias_scores.to_json(folder / SCORES_FILE)
+            if self.bias_scores.method is not None:
+                # Drawn once: every checkpoint takes it along.
+                self._heat_map = self._heat_map or report.heat_map(self.bias_scores)
+                (folder / HEAT_MAP_FILE).write_bytes(self._heat_map)
+            self._model_card(folder.name).save(folder / "README.md")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # what a run that was killed here left of it
+        self.accelerator.wait_for_everyone()
+        # The Trainer would delete old checkpoints before this one is known to be complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with deltas_as_state_dict(self.model):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_complete(checkpoint, engine_of(self.args), self.args.world_size)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            last = last_complete_checkpoint(checkpoint.parent)
+            raise OSError(
+                f"{checkpoint} could not be written ({error}) and was removed. "
+                + (f"{last} is complete: free some space and resume from it." if last else "Free some space.")
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(checkpoint.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the model card to `args.output_dir`, see [`report.model_card`]."""
+        if self.is_world_process_zero() and self.bias_scores is not None:
+            tags = [tags] if isinstance(tags, str) else tags
+            self._model_card(model_name, dataset_name, tags).save(Path(self.args.output_dir) / "README.md")
+
+    def _model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
+        assert self.bias_scores is not None
+        return report.model_card(
+            self.bias_scores,
+            *self.model.get_nb_trainable_parameters(),
+            model_name=model_name,
+            dataset_name=dataset_name,
+            tags=[*getattr(self, "_tag_names", []), *(tags or [])],
+        )
+
+    def _base_model_name(self) -> str:
+        return self.model.get_base_model().name_or_path
+
+    def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        asked = str(resume_from_checkpoint or False).lower()  # a recipe gives "true" and "false" as text
+        if asked == "false":
+            return None
+        if asked != "true":
+            return str(resume_from_checkpoint)
+        last = last_complete_checkpoint(self.args.output_dir)
+        if last is None:
+            raise ValueError(
+                f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint. Give the path "
+                "of one, or start anew without it."
+            )
+        return last
+
+    def _recorded_scores(self, checkpoint: str) -> BiasScores:
+        scores = BiasScores.from_json(Path(checkpoint) / SCORES_FILE)
+        if self.args.bias_term not in ("auto", scores.selected) or self.bias_scores not in (None, scores):
+            asked = self.args.bias_term if self.bias_scores is None else self.selected_bias_term
+            raise ValueError(
+                f"{checkpoint} trains the {scores.selected} bias, and this run asks for bias_term={asked!r}. Resume "
+                "with bias_term='auto' or the recorded one, or start anew in another output_dir."
+            )
+        return scores
+
+    def _refuse_foreign_output(self) -> None:
+        folder = Path(self.args.output_dir)
+        last = last_complete_checkpoint(folder)
+        for found in (folder, Path(last)) if last else (folder,):
+            if (found / SCORES_FILE).is_file():
+                recorded = BiasScores.from_json(found / SCORES_FILE)
+                same_term = self.args.bias_term in ("auto", recorded.selected)
+                if recorded.base_model == self._base_model_name() and same_term:
+                    continue
+                other = f"the {recorded.selected} bias of {recorded.base_model or 'an unnamed model'}"
+            elif any(found.glob("adapter_model.*")) or any(found.glob("model*.safetensors")):
+                other = "a model that no BEFT run wrote"
+            else:
+                continue
+            raise ValueError(
+                f"output_dir {folder} already holds a different run: {other}, in {found}. Give an empty or new "
+                "output_dir, or resume that run with its own settings."
+            )
+
+
+class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
+    """`trl.SFTTrainer` that trains one attention bias term: it scores query, key and value on the training data,
+    keeps the best, and trains it on a frozen base, in any precision or quantisation.
+
+    Takes what `SFTTrainer` takes, except a `peft_config`; see [`BeftTrainerMixin`] for `train()` and the attributes.
+
+    ```python
+    trainer = BeftSFTTrainer(
+        model="facebook/opt-125m",
+        args=BeftSFTConfig(output_dir="out", bias_term="auto"),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+    _tag_names = ["trl", "sft", "beft"]
+    _name = "BEFT"
+    _paper = report.PAPER
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: BeftSFTConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        *others: Any,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            args = BeftSFTConfig(f"{Path(name or 'model').name}-BEFT")
+        _check_rows(train_dataset, args, kwargs.get("formatting_func"))
+        super().__init__(model, args, data_collator, train_dataset, *others, **kwargs)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if isinstance(prepared, IterableDataset):
+            return prepared
+        rows = prepared if packing else dataset
+        # TRL drops rows without a supervised token where it truncates, and keeps them where it does not.
+        if packing or args.max_length is None:
+            prepared = prepared.filter(lambda row: any(label != -100 for label in row["labels"]))
+        dropped = len(rows) - len(prepared)
+        remedy = "Check prompt and completion, completion_only_loss and assistant_only_loss, or raise max_length."
+        if not len(prepared):
+            raise ValueError(
+                f"None of the {len(rows)} rows of the {dataset_name} dataset has a token to learn from within "
+                f"max_length={args.max_length}: all their labels are masked. {remedy}"
+            )
+        if dropped:
+            logger.warning(
+                f"Dropped {dropped} of {len(rows)} rows of the {dataset_name} dataset, whose labels are all masked "
+                f"within max_length={args.max_length}. {remedy}"
+            )
+        return prepared
+
+
+class _LogScores(TrainerCallback):
+    """Sends the scores to the run's trackers, once, when they have been set up."""
+
+    def __init__(self, trainer: BeftTrainerMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        scores = self.trainer.bias_scores
+        if scores is None or scores.method is None or state.global_step > 0:
+            return
+        trainable, total = self.trainer.model.get_nb_trainable_parameters()
+        values: dict[str, Any] = {"beft/trainable_parameters": trainable, "beft/trainable_share": trainable / total}
+        if scores.margin is not None:
+            values["beft/margin"] = scores.margin
+        for name, term in scores.terms.items():
+            for score in SCORE_OF_METHOD.values() if term.layers else ():
+                values[f"beft/{score}/{name}"] = term.score(score)
+        self.trainer.log(values)
+
+
+def _refuse_arguments(model: Any, args: Any, kwargs: dict) -> None:
+    if not isinstance(args, BeftConfigMixin) or not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args must be a BeftSFTConfig, or another training configuration with BeftConfigMixin, got "
+            f"{type(args).__name__}, which has no bias_term."
+        )
+    if kwargs.get("peft_config") is not None:
+        raise ValueError(
+            f"peft_config={type(kwargs['peft_config']).__name__} and bias_term={args.bias_term!r} exclude each other: "
+            "this trainer builds its own adapter from bias_term. Leave peft_config out, or use SFTTrainer."
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model already has a PEFT adapter. Give the base model: this trainer adds the biases itself. To go on "
+            "with a run, use train(resume_from_checkpoint=...)."
+        )
+    if any(kwargs.get("optimizers") or ()):
+        raise ValueError(
+            "optimizers=(...) was built before the biases existed and would train none of them. Use optim, optim_args "
+            "and learning_rate, or optimizer_cls_and_kwargs."
+        )
+
+
+def _skeleton(name: str, args: TrainingArguments) -> nn.Module:
+    """The model of that name without weights, to find its biases, and refuse it, before anything is loaded."""
+    init = getattr(args, "model_init_kwargs", None) or {}
+    trust = init.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+    config = AutoConfig.from_pretrained(
+        name,
+        trust_remote_code=trust,
+        **{key: init[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in init},
+    )
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if architecture is None:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        return architecture(config)
+
+
+def _scoring_args(args: TrainingArguments, steps: int, learning_rate: float) -> TrainingArguments:
+    scoring = copy.copy(args)
+    scoring.max_steps = steps
+    scoring.learning_rate = learning_rate
+    scoring.lr_scheduler_type = "constant"
+    scoring.warmup_steps = 0
+    scoring.eval_strategy = scoring.save_strategy = scoring.logging_strategy = "no"
+    scoring.eval_on_start = scoring.load_best_model_at_end = scoring.push_to_hub = False
+    return scoring
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    device = torch.accelerator.current_accelerator()
+    devices = range(torch.accelerator.device_count()) if device is not None else ()
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type if device is not None else "cuda"):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _check_rows(dataset: Any, args: BeftSFTConfig, formatting_func: Callable | None) -> None:
+    """Raises ValueError for a dataset without rows, or with columns that TRL would not understand."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return  # TRL says which types it takes
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(
+            "train_dataset is empty: there is nothing to score or train on. Check the file and the split."
+        )
+    dataset_kwargs: Any = args.dataset_kwargs or {}
+    skips = dataset_kwargs.get("skip_prepare_dataset", False)
+    if formatting_func is not None or skips or "image" in row or "images" in row:
+        return
+    explained = (
+        "input_ids" in row
+        or args.dataset_text_field in row
+        or {"prompt", "completion"} <= set(row)
+        or "conversations" in row
+        or ("messages" in row and is_conversational(row))
+    )
+    if not explained:
+        raise ValueError(
+            f"The columns of train_dataset explain no format: found {', '.join(row)}. Needed: "
+            f"'{args.dataset_text_field}' (plain text), 'messages' (conversations), 'prompt' and 'completion', "
+            "'input_ids' (tokenized), or a formatting_func."
+        )

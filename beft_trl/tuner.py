@@ -1,0 +1,165 @@
+"""The trainable deltas beside the projections, as an adapter of PEFT's own BEFT tuner."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import BeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.beft import BeftLayer
+from torch import Tensor, nn
+
+from .layout import BiasSite
+
+
+ADAPTER_NAME = "default"
+
+
+def beft_config(sites: Sequence[BiasSite], task_type: TaskType | None = TaskType.CAUSAL_LM) -> BeftConfig:
+    """The PEFT configuration of an adapter with one delta at each site."""
+    return BeftConfig(target_modules=sorted({site.module for site in sites}), task_type=task_type)
+
+
+@contextmanager
+def quiet_about_merging() -> Iterator[None]:
+    """PEFT warns once for every layer without a bias that it cannot merge there; nothing the user can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term")
+        yield
+
+
+def attach_deltas(model: nn.Module, sites: Sequence[BiasSite]) -> PeftModel:
+    """Wraps `model` and puts a zero delta at each site. The base weights are frozen."""
+    task_type = TaskType.CAUSAL_LM if getattr(model, "can_generate", lambda: False)() else None
+    with quiet_about_merging():
+        return get_peft_model(model, beft_config(sites, task_type), adapter_name=ADAPTER_NAME)
+
+
+def keep_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
+    """Removes every delta but those of `sites`, in place, and says so in the adapter's configuration."""
+    kept = {site.module for site in sites}
+    tuner: Any = model.base_model
+    for path in [path for path in tuner.targeted_module_names if path not in kept]:
+        parent, _, name = path.rpartition(".")
+        setattr(tuner.model.get_submodule(parent), name, tuner.model.get_submodule(path).get_base_layer())
+    tuner.targeted_module_names = [path for path in tuner.targeted_module_names if path in kept]
+    # A list, since PEFT would write a set to the adapter's file in any order.
+    model.peft_config[ADAPTER_NAME].target_modules = sorted(kept)
+
+
+def deltas_to_fp32(model: PeftModel) -> None:
+    """Puts every delta to fp32, in place, before an optimizer holds it.
+
+    TRL casts the trainable parameters of a quantised model to bf16 in `SFTTrainer.__init__`, and PEFT leaves those of
+    a 16-bit model in the model's dtype under ZeRO-3. A bf16 bias of 0.5 does not move under steps of 1e-3.
+    """
+    for module in model.modules():
+        if isinstance(module, BeftLayer):
+            for delta in module.beft_bias.values():
+                delta.data = delta.data.float()
+
+
+def delta(model: PeftModel, site: BiasSite) -> nn.Parameter:
+    """The parameter that holds the delta of `site`, shape (1, output features of its projection)."""
+    return _layer(model, site).beft_bias[ADAPTER_NAME]
+
+
+def projection(model: PeftModel, site: BiasSite) -> nn.Module:
+    """The frozen projection beside the delta of `site`."""
+    return _layer(model, site).get_base_layer()
+
+
+def gather_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Tensor]:
+    """The deltas as fp32 tensors on the CPU, shape (len(site.rows),). A collective under ZeRO."""
+    values = _fp32_values([delta(model, site) for site in sites])
+    return {site: vector.flatten()[site.rows] for site, vector in zip(sites, values, strict=True)}
+
+
+def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Tensor]:
+    """What `PeftModel.save_pretrained` takes as `state_dict`: the deltas alone, in fp32, under their full names.
+
+    A collective under ZeRO, so every process calls it. The model's own `state_dict()` would hold the frozen base too,
+    and 16-bit copies of the deltas under DeepSpeed.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = [delta(model, site) for site in sites]
+    values = _fp32_values(parameters)
+    return {names[id(parameter)]: vector for parameter, vector in zip(parameters, values, strict=True)}
+
+
+@contextmanager
+def deltas_as_state_dict(model: PeftModel) -> Iterator[None]:
+    """Leaves nothing but the deltas in the model's `state_dict()`.
+
+    DeepSpeed excludes frozen parameters from its checkpoints by their first name: the second name of tied embeddings
+    stays in, and so do the statistics of quantised layers.
+    """
+
+    def keep_deltas_alone(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        for name in [name for name in state_dict if ".beft_bias." not in name]:
+            del state_dict[name]
+
+    handle = model.register_state_dict_post_hook(keep_deltas_alone)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def native_biases(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Any]:
+    """The projections' own biases, `None` where there is none; shapes and gathering as in `gather_deltas`."""
+    biases: dict[BiasSite, Any] = {site: projection(model, site).bias for site in sites}
+    with _gathered([bias for bias in biases.values() if bias is not None]):
+        return {
+            site: None if bias is None else bias.detach().flatten().float().cpu()[site.rows]
+            for site, bias in biases.items()
+        }
+
+
+def zero_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
+    """Puts the deltas back to zero, in place. A collective under ZeRO-3."""
+    parameters = [delta(model, site) for site in sites]
+    with torch.no_grad(), _gathered(parameters, modifier_rank=0):
+        for parameter in parameters:
+            parameter.zero_()
+
+
+def check_moved(deltas: dict[BiasSite, Tensor]) -> None:
+    """Raises RuntimeError where a delta is still exactly zero after training, or not finite."""
+    still = [site for site, values in deltas.items() if not values.any()]
+    if still:
+        where = ", ".join(f"{site.term} of layer {site.layer}" for site in still[:4]) + (", ..." if still[4:] else "")
+        raise RuntimeError(
+            f"{len(still)} of {len(deltas)} bias deltas did not move in training ({where}): the run trained nothing "
+            "there. Check that learning_rate is above zero, that the run has at least one step, and that these layers "
+            "take part in the forward pass."
+        )
+    broken = [site for site, values in deltas.items() if not values.isfinite().all()]
+    if broken:
+        raise RuntimeError(
+            f"{len(broken)} of {len(deltas)} bias deltas are not finite after training, {broken[0].term} of layer "
+            f"{broken[0].layer} first. Lower learning_rate and resume from the last checkpoint."
+        )
+
+
+def _layer(model: PeftModel, site: BiasSite) -> Any:
+    return model.get_base_model().get_submodule(site.module)
+
+
+def _fp32_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Full copies on the CPU, of the optimizer's fp32 master copies where DeepSpeed keeps the parameter in 16 bits."""
+    if all(hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping") for parameter in parameters):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return [safe_get_full_fp32_param(parameter).detach().float().cpu().clone() for parameter in parameters]
+    with _gathered(parameters):
+        return [parameter.detach().float().cpu().clone() for parameter in parameters]
+
+
+def _gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None):
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)

@@ -1,0 +1,126 @@
+"""Tiny models and data, built from config classes: nothing is downloaded."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from beft_trl import BeftSFTConfig, BeftSFTTrainer
+
+
+VOCABULARY = 64
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "</s>", "<unk>", *(f"w{index}" for index in range(VOCABULARY - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_opt(seed: int = 0, **options) -> OPTForCausalLM:
+    """Two layers with native biases, which the initialisation leaves at zero, set to random values."""
+    set_seed(seed)
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.0,
+        "init_std": 0.2,
+    }
+    model = OPTForCausalLM(OPTConfig(**{**config, **options}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def make_llama(seed: int = 0, **options) -> LlamaForCausalLM:
+    """Two layers without biases, rotary positions, grouped queries."""
+    set_seed(seed)
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**config, **options}))
+
+
+def make_rows(count: int = 32, seed: int = 0) -> Dataset:
+    """Prompts of 3 to 7 random words, each with a completion of two words that depends on the first."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(3, 8, (), generator=generator))
+        words = torch.randint(0, VOCABULARY - 3, (length,), generator=generator).tolist()
+        rows.append(
+            {
+                "prompt": " ".join(f"w{word}" for word in words),
+                "completion": f" w{words[0] % 7} w{words[0] % 5}",
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """A function that makes the settings of a short fp32 run on the CPU."""
+
+    def make(**settings) -> BeftSFTConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "score_steps": 2,
+        }
+        return BeftSFTConfig(**{**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config):
+    """A function that makes a trainer of a tiny OPT, or of another model, on the tiny rows."""
+
+    def make(model=None, rows=None, trainer=None, **settings) -> BeftSFTTrainer:
+        return BeftSFTTrainer(
+            make_opt() if model is None else model,
+            make_config(**settings),
+            train_dataset=make_rows() if rows is None else rows,
+            processing_class=make_tokenizer(),
+            **(trainer or {}),
+        )
+
+    return make

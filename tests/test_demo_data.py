@@ -1,0 +1,46 @@
+import itertools
+import json
+from collections import Counter
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import pytest
+
+
+DATA = Path(__file__).parents[1] / "examples" / "data"
+TEAMS = {"Billing", "Shipping", "Returns", "Technical", "Account", "Sales"}
+
+
+def rows(split):
+    return [json.loads(line) for line in (DATA / f"support_{split}.jsonl").read_text().splitlines()]
+
+
+def messages(split):
+    return [row["prompt"][-1]["content"] for row in rows(split)]
+
+
+@pytest.mark.parametrize(("split", "least"), [("train", 120), ("test", 80)])
+def test_size_and_balance(split, least):
+    teams = Counter(row["completion"][0]["content"] for row in rows(split))
+    assert set(teams) == TEAMS and len(set(teams.values())) == 1
+    assert sum(teams.values()) >= least
+
+
+def test_no_message_stands_twice_and_no_near_duplicate_crosses_the_splits():
+    train, test = messages("train"), messages("test")
+    assert len({*train, *test}) == len(train) + len(test)
+    for left, right in itertools.product(train, test):
+        ratio = SequenceMatcher(None, left.lower(), right.lower(), autojunk=False).quick_ratio()
+        if ratio > 0.7:
+            ratio = SequenceMatcher(None, left.lower().split(), right.lower().split()).ratio()
+            assert ratio < 0.7, (left, right)
+
+
+def test_wording_varies():
+    openings = Counter(" ".join(message.split()[:2]) for message in messages("train"))
+    assert max(openings.values()) <= 6
+
+
+def test_the_answer_is_never_in_the_message():
+    for row in rows("train") + rows("test"):
+        assert row["completion"][0]["content"].lower() not in row["prompt"][-1]["content"].lower().split()

@@ -1,0 +1,262 @@
+"""Every engine and precision through the user's own launch line, against one process on the same global batch.
+
+CI runs a few cells. All of them, 46 in about 20 minutes on two cores: pytest -m "matrix or not matrix"
+tests/test_distributed.py
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_opt, make_rows, make_tokenizer
+from safetensors.torch import load_file
+
+from beft_trl.engines import ENGINES, PRECISIONS
+
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("bitsandbytes")
+
+REPOSITORY = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+MODELS = {
+    "opt": make_opt,
+    "llama": lambda: make_llama(hidden_size=64, intermediate_size=128, tie_word_embeddings=True),
+}
+FLAGS = {
+    "fp32": ["--dtype", "float32", "--bf16", "false"],
+    "bf16": ["--dtype", "bfloat16", "--bf16", "true"],
+    "8bit": ["--dtype", "float32", "--bf16", "false", "--load_in_8bit"],
+    "4bit": ["--dtype", "float32", "--bf16", "false", "--load_in_4bit", "--bnb_4bit_quant_storage", "float32"],
+}
+STORAGE = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "8bit": "torch.int8", "4bit": "torch.float32"}
+RECIPE = {
+    "max_steps": 4,
+    "score_steps": 2,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "disable_tqdm": True,
+}
+
+
+@dataclass
+class Result:
+    output: Path
+    notes: list[dict]
+
+    @property
+    def losses(self):
+        state = json.loads((self.output / "checkpoint-4" / "trainer_state.json").read_text())
+        return torch.tensor([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+
+    @property
+    def deltas(self):
+        return load_file(self.output / "adapter_model.safetensors")
+
+
+def launch(folder, model, engine, precision, *overrides, recipe=None, launch_config=None):
+    """One cell through the launch line of its recipe; the global batch is 8 rows whatever the engine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    MODELS[model]().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    make_rows(48).to_json(folder / "rows.jsonl")
+    settings = {
+        **RECIPE,
+        "model_name_or_path": str(folder / "base"),
+        "train_file": str(folder / "rows.jsonl"),
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 8 if engine == "single" else 4,
+        **(recipe or {}),
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    name = {"single": "single_cpu", "ddp": "ddp_cpu"}.get(engine, engine)
+    config = launch_config or REPOSITORY / "recipes" / "accelerate_configs" / f"{name}.yaml"
+    flags = [*FLAGS[precision], *(["--use_cpu", "true"] if engine == "single" else [])]
+    return subprocess.run(
+        [*LAUNCH, config, "--main_process_port", "0", REPOSITORY / "tests" / "witness.py", folder]
+        + ["--config", folder / "recipe.yaml", *flags, *overrides],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=folder,
+    )
+
+
+def finished(folder, *args, **kwargs) -> Result:
+    run = launch(folder, *args, **kwargs)
+    assert run.returncode == 0, run.stderr[-3000:]
+    notes = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+    return Result(folder / "out", notes)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """A function that gives the single-process run of a model and precision, run once."""
+    runs = {}
+
+    def run(model, precision, *overrides, recipe=None) -> Result:
+        key = (model, precision, str(recipe))
+        if key not in runs:
+            folder = tmp_path_factory.mktemp(f"{model}-{precision}")
+            runs[key] = finished(folder, model, "single", precision, *overrides, recipe=recipe)
+        return runs[key]
+
+    return run
+
+
+IN_CI = {("llama", "ddp", "fp32"), ("opt", "zero2", "8bit"), ("llama", "zero3", "8bit"), ("opt", "zero1", "4bit")}
+CELLS = [
+    pytest.param(model, engine, precision, marks=[] if (model, engine, precision) in IN_CI else pytest.mark.matrix)
+    for model in MODELS
+    for engine in list(ENGINES)[1:]
+    for precision in PRECISIONS
+]
+
+
+@pytest.mark.parametrize(("model", "engine", "precision"), CELLS)
+def test_a_cell_equals_the_single_process(reference, tmp_path, model, engine, precision):
+    expected = reference(model, precision)
+    found = finished(tmp_path / "cell", model, engine, precision)
+
+    assert len(found.notes) == 2
+    tolerance = 1e-2 if precision == "bf16" else 1e-4
+    torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=tolerance)
+    assert found.deltas.keys() == expected.deltas.keys()
+    for name, delta in found.deltas.items():
+        assert delta.dtype == torch.float32
+        assert delta.any()
+        torch.testing.assert_close(delta, expected.deltas[name], rtol=0, atol=tolerance, msg=name)
+    for notes in found.notes:
+        assert notes["selected"] == expected.notes[0]["selected"]
+        assert notes["scores"] == found.notes[0]["scores"]
+        assert notes["scores"]["ranking"] == expected.notes[0]["scores"]["ranking"]
+        assert notes["base_before"] == notes["base_after"]
+        assert notes["optimizer_dtypes"] == ["torch.float32"]
+        assert notes["weight_dtypes"] == [STORAGE[precision]]
+        if precision in ("8bit", "4bit"):
+            assert {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[precision] in notes["layers"]
+        share = notes["elements_held"] / notes["elements"]
+        print(f"{model} {engine} {precision}: {notes['elements_held']} of {notes['elements']} elements here")
+        assert share == pytest.approx(0.5 if engine.startswith("zero3") else 1.0, rel=0.01)
+
+    checkpoint = found.output / "checkpoint-4"
+    kept = [path for path in checkpoint.rglob("*") if path.is_file() and "tokenizer" not in path.name]
+    assert sum(path.stat().st_size for path in kept) < 400_000
+    for states in checkpoint.rglob("*model_states.pt"):
+        saved = torch.load(states, weights_only=False)["module"]
+        assert saved
+        assert all("beft_bias" in name for name in saved)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("8bit", 0.01), ("4bit", 0.05)])
+def test_a_quantised_base_starts_near_the_full_one(reference, precision, tolerance):
+    """nf4 keeps 16 values: on weights as wild as these tiny models' it is off by 3%, 8-bit by less than 1%."""
+    full, quantised = reference("llama", "fp32").losses[0], reference("llama", precision).losses[0]
+    assert abs(quantised / full - 1) < tolerance
+    assert quantised != full
+
+
+OPTIONS = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "packing": {"packing": True, "max_length": 32, "per_device_train_batch_size": 1},
+    "accumulation": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "recipe"),
+    [
+        pytest.param(
+            engine,
+            recipe,
+            id=f"{engine}-{name}",
+            marks=[] if (engine, name) == ("zero3", "checkpointing") else pytest.mark.matrix,
+        )
+        for engine in ("ddp", "zero2", "zero3")
+        for name, recipe in OPTIONS.items()
+    ],
+)
+def test_training_options_on_every_kind_of_engine(reference, tmp_path, engine, recipe):
+    single = {**recipe}
+    if "per_device_train_batch_size" in recipe:
+        single["per_device_train_batch_size"] = 2 * recipe["per_device_train_batch_size"]
+    expected = reference("llama", "fp32", recipe=single)
+    found = finished(tmp_path / "cell", "llama", engine, "fp32", recipe=recipe)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=1e-4)
+    for name, delta in found.deltas.items():
+        torch.testing.assert_close(delta, expected.deltas[name], rtol=0, atol=1e-4, msg=name)
+
+
+DEEPSPEED_FILE = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": dict.fromkeys(("warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+    },
+}
+
+
+def test_a_deepspeed_file_with_an_optimizer_and_a_schedule_of_its_own_does_not_bend_the_scores(reference, tmp_path):
+    """WarmupDecayLR would keep a scoring pass of two steps at a learning rate of zero."""
+    (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED_FILE))
+    settings = {"deepspeed_config_file": str(tmp_path / "ds.json")}
+    launch_config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_processes": 2}
+    (tmp_path / "launch.yaml").write_text(json.dumps({**launch_config, "deepspeed_config": settings}))
+    found = finished(tmp_path / "cell", "llama", "zero2", "fp32", launch_config=tmp_path / "launch.yaml")
+    scores, expected = found.notes[0]["scores"], reference("llama", "fp32").notes[0]["scores"]
+    assert scores["ranking"] == expected["ranking"]
+    for term in expected["ranking"]:
+        for score in ("importance", "magnitude", "fisher"):
+            assert scores["terms"][term][score] == pytest.approx(expected["terms"][term][score], rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.matrix)])
+def test_resume_under_deepspeed_ends_where_the_whole_run_does(tmp_path, engine):
+    whole = finished(tmp_path / "cell", "llama", engine, "fp32")
+    expected = whole.deltas
+    for name in ("adapter_model.safetensors", "adapter_config.json", "beft_scores.json"):
+        (whole.output / name).unlink()
+    for path in sorted((whole.output / "checkpoint-4").rglob("*.pt"))[:1]:
+        path.write_bytes(path.read_bytes()[:100])  # damaged: passed over for checkpoint-2
+    run = launch(tmp_path / "cell", "llama", engine, "fp32", "--resume_from_checkpoint", "true")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "passed over" in run.stderr
+    for name, delta in load_file(whole.output / "adapter_model.safetensors").items():
+        assert torch.equal(delta, expected[name])
+    other = launch(tmp_path / "cell", "llama", "single", "fp32", "--resume_from_checkpoint", "true")
+    assert other.returncode != 0
+    assert f"was written by {engine} on 2 process(es), and this run is single on 1" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("precision", "overrides", "message"),
+    [
+        ("bf16", ["--bf16", "false"], "dtype=bfloat16 with bf16=False under ZeRO-3"),
+        pytest.param(
+            "4bit",
+            ["--bnb_4bit_quant_storage", "uint8"],
+            "4-bit weights stored as uint8 under ZeRO-3",
+            marks=pytest.mark.matrix,
+        ),
+    ],
+)
+def test_a_cell_that_misses_its_condition_is_refused_before_weights_are_loaded(
+    tmp_path, precision, overrides, message
+):
+    run = launch(tmp_path / "cell", "llama", "zero3", precision, *overrides)
+    assert run.returncode != 0
+    assert message in run.stderr
+    assert "Loading weights" not in run.stderr

@@ -1,0 +1,36 @@
+"""What `engines.py` reads from real training arguments; the cells themselves run in test_distributed.py."""
+
+import pytest
+import torch
+from transformers import BitsAndBytesConfig
+
+from beft_trl.engines import ENGINES, PRECISIONS, condition, engine_of, matrix, precision_of, refuse_cell
+
+
+def test_one_process_is_the_single_engine(make_config):
+    assert engine_of(make_config()) == "single"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_precisions(dtype):
+    assert precision_of(None, dtype) == "bf16"
+    assert precision_of(None, None) == precision_of(None, "float32") == "fp32"
+    assert precision_of(BitsAndBytesConfig(load_in_8bit=True), dtype) == "8bit"
+    assert precision_of(BitsAndBytesConfig(load_in_4bit=True), dtype) == "4bit"
+
+
+def test_fsdp_is_refused_with_what_works_instead(make_config):
+    config = make_config()
+    config.fsdp = "full_shard"
+    with pytest.raises(ValueError, match="FSDP is not supported.*zero3.yaml"):
+        refuse_cell(config, None, None)
+
+
+def test_the_table_has_a_cell_for_every_engine_and_precision():
+    rows = [line for line in matrix().splitlines() if line.startswith("|")][2:]
+    assert len(rows) == len(PRECISIONS)
+    for row, precision in zip(rows, PRECISIONS, strict=True):
+        cells = row.strip("|").split("|")[1:]
+        assert len(cells) == len(ENGINES)
+        conditional = [condition(engine, precision) is not None for engine in ENGINES]
+        assert ["(" in cell for cell in cells] == conditional

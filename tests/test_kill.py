@@ -1,0 +1,110 @@
+"""`kill -9` of a run at random moments, half of them inside a save, each followed by a resume.
+
+CI kills a few times; twenty times, about four minutes on two cores: pytest -m matrix tests/test_kill.py
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from beft_trl.checkpoints import MANIFEST_FILE, last_complete_checkpoint
+
+
+TESTS = Path(__file__).parent
+PROGRAM = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    from conftest import make_llama, make_rows, make_tokenizer
+    from transformers import TrainerCallback
+    from beft_trl import BeftSFTConfig, BeftSFTTrainer
+
+    class Started(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            Path(sys.argv[3]).write_text(str(state.global_step))
+
+    config = BeftSFTConfig(
+        sys.argv[2], score_steps=2, max_steps=int(sys.argv[4]), save_strategy="steps", save_steps=3, logging_steps=1,
+        use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=4, disable_tqdm=True,
+        gradient_checkpointing=False, save_total_limit=3,
+    )
+    trainer = BeftSFTTrainer(
+        make_llama(), config, train_dataset=make_rows(), processing_class=make_tokenizer(), callbacks=[Started()]
+    )
+    trainer.train(resume_from_checkpoint=sys.argv[5] == "resume")
+    trainer.save_model()
+    """
+)
+
+
+def start(out, steps, resume):
+    started = out.parent / "started"
+    started.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, TESTS, out, started, str(steps), "resume" if resume else "anew"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not started.exists():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.005)
+    return process
+
+
+def unfinished(out):
+    return [path for path in out.glob("checkpoint-*") if not (path / MANIFEST_FILE).exists()]
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(3, 90), pytest.param(20, 900, marks=pytest.mark.matrix)], ids=["three", "twenty"]
+)
+def test_every_resume_continues_and_the_end_is_that_of_a_run_never_killed(tmp_path, kills, steps):
+    whole, killed = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    for out in (whole, killed):
+        out.parent.mkdir()
+    assert start(whole, steps, resume=False).wait() == 0
+
+    moments = random.Random(0)
+    in_a_save, last_step = 0, -1
+    for kill in range(kills):
+        process = start(killed, steps, resume=last_complete_checkpoint(killed) is not None)
+        assert last_step < steps, "the run ended before all kills: give it more steps"
+        resumed_at = int((killed.parent / "started").read_text())
+        assert resumed_at >= last_step  # never behind a checkpoint that was complete before
+        time.sleep(moments.uniform(0.0, 2.5))
+        if kill % 2:
+            before = {path.name for path in killed.glob("checkpoint-*")}
+            deadline = time.monotonic() + 5
+            while not {path.name for path in unfinished(killed)} - before and time.monotonic() < deadline:
+                pass
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        in_a_save += bool(unfinished(killed))
+        last = last_complete_checkpoint(killed)
+        last_step = int(Path(last).name.split("-")[1]) if last else -1
+        print(f"kill {kill}: resumed at {resumed_at}, last complete {last_step}, unfinished {unfinished(killed)}")
+    assert in_a_save >= kills // 4
+    final = start(killed, steps, resume=True)
+    assert final.wait() == 0, final.stderr.read()[-2000:]
+
+    expected, found = (load_file(out / "adapter_model.safetensors") for out in (whole, killed))
+    assert expected.keys() == found.keys()
+    assert all(expected[name].numpy().tobytes() == found[name].numpy().tobytes() for name in expected)
+    histories = [
+        json.loads((out / f"checkpoint-{steps - steps % 3}" / "trainer_state.json").read_text())["log_history"]
+        for out in (whole, killed)
+    ]
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == steps - steps % 3

@@ -1,0 +1,145 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from trl import DatasetMixtureConfig
+
+from beft_trl.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe
+
+
+REPOSITORY = Path(__file__).parents[1]
+LAUNCH_CONFIGS = sorted((REPOSITORY / "recipes" / "accelerate_configs").glob("*.yaml"))
+RECIPES = sorted(set((REPOSITORY / "recipes").rglob("*.yaml")) - set(LAUNCH_CONFIGS))
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_shipped_recipe_parses_strictly(recipe, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    # bf16 is refused on a device without it, unless that is a CPU on purpose.
+    script_args, training_args, model_args, dataset_args = parse_recipe(["--config", str(recipe), "--use_cpu", "true"])
+    assert training_args.output_dir.startswith("outputs/")
+    assert training_args.model_init_kwargs["dtype"] == model_args.dtype
+    if script_args.train_file:
+        rows = load_rows(script_args, dataset_args, chat=True)
+        assert held_out_rows(rows, script_args, training_args).num_rows > 0
+
+
+@pytest.mark.parametrize("config", LAUNCH_CONFIGS, ids=lambda path: path.name)
+def test_every_launch_configuration_is_read_by_accelerate_without_unknown_keys(config):
+    loaded = load_config_from_file(str(config))
+    assert loaded.num_processes >= 1
+    assert f"recipes/accelerate_configs/{config.name}" in config.read_text()
+    known = {"zero_stage", "offload_optimizer_device", "offload_param_device", "zero3_init_flag"}
+    known |= {"zero3_save_16bit_model", "deepspeed_multinode_launcher"}
+    assert set(getattr(loaded, "deepspeed_config", None) or {}) <= known
+
+
+def test_every_recipe_has_its_launch_line_in_its_readme():
+    for recipe in RECIPES:
+        if recipe.parent.name == "recipes":
+            continue
+        readme = (recipe.parent / "README.md").read_text()
+        lines = [line for line in readme.splitlines() if str(recipe.relative_to(REPOSITORY)) in line]
+        assert len(lines) == 1
+        assert lines[0] in recipe.read_text()
+        for path in re.findall(r"(?:recipes|examples)/\S+", lines[0]):
+            assert (REPOSITORY / path).is_file()
+
+
+def test_the_command_line_overrides_the_recipe():
+    recipe = str(REPOSITORY / "recipes" / "opt-125m" / "beft.yaml")
+    _, training_args, _, _ = parse_recipe(["--config", recipe, "--learning_rate", "1e-4", "--bias_term", "value"])
+    assert (training_args.learning_rate, training_args.bias_term) == (1e-4, "value")
+
+
+def write(path, text):
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_unknown_keys_are_refused_with_the_nearest_known_one(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "model_name_or_path: x\nbias_trem: value\noutput_dir: out\n")
+    with pytest.raises(ValueError, match=r"bias_trem \(did you mean bias_term\?\).*zzz\b"):
+        parse_recipe([*recipe, "--zzz", "1"])
+
+
+def test_values_out_of_range_in_yaml_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="bias_term='valeu' is not one of"):
+        parse_recipe(write(tmp_path / "r.yaml", "model_name_or_path: x\nbias_term: valeu\noutput_dir: out\n"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("use_peft: true", "use_peft=True asks for a LoRA adapter"), ("seed: 1", "model_name_or_path is missing")],
+)
+def test_recipes_that_cannot_run(tmp_path, line, message):
+    model = "" if "missing" in message else "model_name_or_path: x\n"
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(write(tmp_path / "r.yaml", f"{model}{line}\noutput_dir: out\n"))
+
+
+def load(chat=False, datasets=(), **settings):
+    return load_rows(BeftScriptArguments(**settings), DatasetMixtureConfig(datasets=list(datasets)), chat)
+
+
+ALPACA = [
+    {"instruction": "Name a colour.", "input": "", "output": "Red."},
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_local_files_of_every_kind_with_alpaca_columns(tmp_path, suffix):
+    import pandas
+
+    frame = pandas.DataFrame(ALPACA)
+    path = tmp_path / f"rows.{suffix}"
+    {
+        "json": lambda: frame.to_json(path, orient="records"),
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "csv": lambda: frame.to_csv(path, index=False),
+        "parquet": lambda: frame.to_parquet(path),
+    }[suffix]()
+    rows = load(train_file=str(path), test_file=str(path))
+    assert set(rows) == {"train", "test"}
+    assert rows["test"][0] == {"prompt": "Name a colour.\n\nAnswer:", "completion": " Red."}
+    assert rows["train"][1]["prompt"] == "Add.\n\n1 and 2\n\nAnswer:"
+    assert load(train_file=str(path), chat=True)["train"][1] == {
+        "prompt": [{"role": "user", "content": "Add.\n\n1 and 2"}],
+        "completion": [{"role": "assistant", "content": "3"}],
+    }
+
+
+def test_other_formats_pass_through(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "w1 w2"}) + "\n")
+    assert load(train_file=str(path))["train"][0] == {"text": "w1 w2"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({}, ValueError, "exactly one way.*none of them"),
+        ({"train_file": "a.json", "dataset_name": "b"}, ValueError, "train_file and dataset_name"),
+        ({"test_file": "a.json"}, ValueError, "exactly one way"),
+        ({"train_file": "absent.json"}, FileNotFoundError, "There is no file absent.json"),
+        ({"train_file": __file__}, ValueError, "is of no known kind"),
+    ],
+)
+def test_datasets_that_cannot_be_loaded(settings, error, message):
+    with pytest.raises(error, match=message):
+        load(**settings)
+
+
+def test_evaluation_needs_held_out_rows(make_config):
+    script_args = BeftScriptArguments()
+    assert held_out_rows({"train": []}, script_args, make_config()) is None
+    with pytest.raises(ValueError, match="eval_strategy=.*needs held-out rows"):
+        held_out_rows({"train": []}, script_args, make_config(eval_strategy="epoch"))

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from conftest import make_llama, make_opt
+from peft import get_peft_model_state_dict
+
+from beft_trl import find_bias_sites
+from beft_trl.layout import sites_of_term
+from beft_trl.tuner import (
+    attach_deltas,
+    check_moved,
+    delta,
+    deltas_to_fp32,
+    gather_deltas,
+    keep_deltas,
+    native_biases,
+    zero_deltas,
+)
+
+
+def attached(model, bias_term="auto"):
+    sites = sites_of_term(find_bias_sites(model), bias_term)
+    return attach_deltas(model, sites), sites
+
+
+def tokens():
+    return torch.randint(2, 64, (3, 10), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_gradient_of_a_zero_delta_is_the_gradient_of_the_native_bias():
+    model = make_opt().double()
+    native = make_opt().double()
+    model, sites = attached(model)
+    model.double()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    native(input_ids=tokens(), labels=tokens()).loss.backward()
+    for site in sites:
+        expected = native.get_submodule(site.module).bias.grad
+        assert expected.norm() > 1e-6
+        torch.testing.assert_close(delta(model, site).grad.flatten(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make_model", [make_opt, make_llama])
+def test_attached_deltas_change_nothing_and_are_all_that_trains(make_model):
+    expected = make_model()(input_ids=tokens()).logits
+    model, sites = attached(make_model())
+    assert torch.equal(model(input_ids=tokens()).logits, expected)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"base_model.model.{site.module}.beft_bias.default" for site in sites}
+
+
+@pytest.mark.parametrize("bias_term", ["query", "value"])
+def test_keeping_one_term_leaves_what_attaching_it_alone_gives(bias_term):
+    kept, sites = attached(make_llama())
+    of_term = [site for site in sites if site.term == bias_term]
+    keep_deltas(kept, of_term)
+    alone, _ = attached(make_llama(), bias_term)
+    assert [name for name, _ in kept.named_modules()] == [name for name, _ in alone.named_modules()]
+    assert set(get_peft_model_state_dict(kept)) == set(get_peft_model_state_dict(alone))
+    assert set(kept.peft_config["default"].target_modules) == set(alone.peft_config["default"].target_modules)
+    assert kept.get_nb_trainable_parameters() == alone.get_nb_trainable_parameters()
+    with torch.no_grad():
+        for model in (kept, alone):
+            for site in of_term:
+                delta(model, site).fill_(0.1)
+    assert torch.equal(kept(input_ids=tokens()).logits, alone(input_ids=tokens()).logits)
+
+
+def test_deltas_become_fp32_whatever_they_were():
+    model, sites = attached(make_llama().bfloat16())
+    assert {delta(model, site).dtype for site in sites} == {torch.float32}  # PEFT's own doing
+    for site in sites:  # what TRL does to a quantised model
+        delta(model, site).data = delta(model, site).data.bfloat16()
+    before = [delta(model, site) for site in sites]
+    deltas_to_fp32(model)
+    assert {delta(model, site).dtype for site in sites} == {torch.float32}
+    assert all(delta(model, site) is parameter for site, parameter in zip(sites, before, strict=True))
+    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
+
+
+def test_gathering_zeroing_and_native_biases():
+    model, sites = attached(make_opt())
+    with torch.no_grad():
+        for number, site in enumerate(sites):
+            delta(model, site).fill_(number)
+    gathered = gather_deltas(model, sites)
+    assert [values.tolist() for values in gathered.values()] == [[float(number)] * 32 for number in range(len(sites))]
+    zero_deltas(model, sites)
+    assert gathered[sites[1]].sum() == 32  # a copy
+    assert not any(values.any() for values in gather_deltas(model, sites).values())
+    for site, bias in native_biases(model, sites).items():
+        assert torch.equal(bias, make_opt().get_submodule(site.module).bias)
+    model, sites = attached(make_llama())
+    assert set(native_biases(model, sites).values()) == {None}
+
+
+def test_a_delta_that_stands_still_or_breaks_is_an_error():
+    sites = find_bias_sites(make_opt())
+    moved = {site: torch.ones(4) for site in sites}
+    check_moved(moved)
+    with pytest.raises(RuntimeError, match="1 of 6 bias deltas did not move.*value of layer 0"):
+        check_moved({**moved, sites[2]: torch.zeros(4)})
+    with pytest.raises(RuntimeError, match="1 of 6 bias deltas are not finite.*key of layer 1"):
+        check_moved({**moved, sites[4]: torch.tensor([0.0, float("nan")])})
