@@ -49,6 +49,7 @@ from .tuner import (
     deltas_as_state_dict,
     deltas_to_fp32,
     gather_deltas,
+    keep_4bit_trainable,
     keep_deltas,
     native_biases,
     quiet_about_merging,
@@ -110,6 +111,7 @@ class BeftTrainerMixin:
         self._all_sites = sites
         self._sites = candidates
         deltas_to_fp32(self.model)
+        keep_4bit_trainable(self.model)
         self.add_callback(_LogScores(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any):

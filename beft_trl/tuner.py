@@ -60,6 +60,26 @@ def deltas_to_fp32(model: PeftModel) -> None:
                 delta.data = delta.data.float()
 
 
+def keep_4bit_trainable(model: nn.Module) -> None:
+    """Keeps the weights of bitsandbytes' 4-bit layers in the layout that gradients can pass.
+
+    On a CPU with AVX512-BF16, `Linear4bit` packs its weights for inference at its first forward in eval mode, and a
+    training step behind an evaluation fails on them. This goes when bitsandbytes can train on packed weights.
+
+    Raises:
+        ValueError: where weights are packed already. bitsandbytes 0.50 unpacks them to other values.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"The 4-bit weights of this model ({name} first) were packed for inference when it answered in "
+                    "eval mode on this CPU, and cannot be trained on any more. Load the model again and make the "
+                    "trainer before anything is evaluated."
+                )
+
+
 def delta(model: PeftModel, site: BiasSite) -> nn.Parameter:
     """The parameter that holds the delta of `site`, shape (1, output features of its projection)."""
     return _layer(model, site).beft_bias[ADAPTER_NAME]

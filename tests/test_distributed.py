@@ -156,11 +156,9 @@ def test_a_cell_equals_the_single_process(reference, tmp_path, model, engine, pr
         assert all("beft_bias" in name for name in saved)
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("8bit", 0.01), ("4bit", 0.05)])
-def test_a_quantised_base_starts_near_the_full_one(reference, precision, tolerance):
-    """nf4 keeps 16 values: on weights as wild as these tiny models' it is off by 3%, 8-bit by less than 1%."""
-    full, quantised = reference("llama", "fp32").losses[0], reference("llama", precision).losses[0]
-    assert abs(quantised / full - 1) < tolerance
+def test_an_8bit_base_starts_within_one_percent_of_the_full_one(reference):
+    full, quantised = reference("llama", "fp32").losses[0], reference("llama", "8bit").losses[0]
+    assert abs(quantised / full - 1) < 0.01
     assert quantised != full
 
 

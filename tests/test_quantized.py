@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer
 
@@ -55,6 +55,66 @@ def test_a_quantised_base_stays_quantised_and_its_deltas_train_in_fp32(base, tmp
         found = after[name] if name in after else after[name.replace(".base_layer.", ".")]
         assert torch.equal(found, tensor), name
     assert {trainer.bias_scores.anchor, trainer.bias_scores.steps} == {"activation", 2}
+
+
+@pytest.mark.parametrize("name", QUANTIZATION)
+def test_evaluation_before_and_during_training_leaves_the_training_as_it_is(base, tmp_path, name):
+    """bitsandbytes packs 4-bit weights for inference on some CPUs, and cannot train on them afterwards."""
+
+    def trained(folder, model, **settings):
+        trainer = BeftSFTTrainer(
+            model,
+            BeftSFTConfig(str(tmp_path / folder), use_cpu=True, bias_term="value", **{**SETTINGS, **settings}),
+            train_dataset=make_rows(),
+            eval_dataset=make_rows(8, seed=1),
+            processing_class=make_tokenizer(),
+        )
+        if settings:
+            trainer.evaluate()
+        trainer.train()
+        return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(base, quantization_config=QUANTIZATION[name][0])
+
+    deltas = trained("silent", load())
+    evaluated = trained("evaluated", load(), eval_strategy="steps", eval_steps=2)
+    assert all(torch.equal(found, expected) for found, expected in zip(evaluated, deltas, strict=True))
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("8-bit", 0.01), ("4-bit", 0.001)])
+def test_a_quantised_base_starts_at_the_loss_of_its_dequantised_weights(base, tmp_path, name, tolerance):
+    """8-bit rounds the activations too. To the full-precision loss, nf4 can be off by far more than 1%."""
+    config = BitsAndBytesConfig(load_in_8bit=name == "8-bit", load_in_4bit=name == "4-bit")
+    quantised = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    for path, module in quantised.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            plain.get_submodule(path).weight.data = module.weight.CB.float() * module.weight.SCB[:, None] / 127
+        elif isinstance(module, bitsandbytes.nn.Linear4bit):
+            dequantised = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(path).weight.data = dequantised.float()
+    losses = []
+    for model in (quantised, plain):
+        settings = {**SETTINGS, "max_steps": 1, "use_cpu": True, "bf16": False, "bias_term": "value"}
+        trainer = BeftSFTTrainer(
+            model,
+            BeftSFTConfig(str(tmp_path / str(len(losses))), **settings),
+            train_dataset=make_rows(),
+            processing_class=make_tokenizer(),
+        )
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+
+
+def test_a_4bit_model_that_was_packed_for_inference_is_refused(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=QUANTIZATION["4-bit"][0]).eval()
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))
+    if not getattr(model.model.layers[0].self_attn.q_proj.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this CPU has no AVX512-BF16, for which bitsandbytes packs weights")
+    with pytest.raises(ValueError, match="packed for inference.*Load the model again"):
+        BeftSFTTrainer(model, BeftSFTConfig(str(tmp_path / "out"), use_cpu=True), train_dataset=make_rows())
 
 
 def run(base, folder, **settings):
