@@ -4,6 +4,7 @@ from .config import BeftConfigMixin, BeftSFTConfig
 from .importance import BiasScores
 from .layout import BiasSite, UnsupportedLayoutError, find_bias_sites
 from .trainer import BeftSFTTrainer, BeftTrainerMixin
+from .tuner import load_adapter
 
 
 __version__ = "0.1.0"
@@ -17,4 +18,5 @@ __all__ = [
     "BiasSite",
     "UnsupportedLayoutError",
     "find_bias_sites",
+    "load_adapter",
 ]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import BiasSite
+
 
 # score_method -> the score that ranks by it
 SCORE_OF_METHOD = {"beft": "importance", "magnitude": "magnitude", "fisher": "fisher"}
@@ -92,6 +94,7 @@ class BiasScores:
         steps: optimizer steps of the scoring pass.
         base_model: name or path of the base model.
         terms: for each of query, key and value, its scores.
+        notes: sentences on layers that were left out, and on dead terms of single layers.
     """
 
     selected: str
@@ -100,6 +103,13 @@ class BiasScores:
     steps: int
     base_model: str
     terms: dict[str, TermScores]
+    notes: list[str] = field(default_factory=list)
+
+    def covers(self, site: BiasSite) -> bool:
+        """Whether the bias at `site` is alive: it was scored, or its structure says so where nothing was."""
+        if self.method is None:
+            return site.dead is None
+        return any(layer.layer == site.layer for layer in self.terms[site.term].layers)
 
     @property
     def ranking(self) -> list[str]:
@@ -128,6 +138,7 @@ class BiasScores:
             "anchor": self.anchor,
             "steps": self.steps,
             "base_model": self.base_model,
+            "notes": self.notes,
             "terms": {
                 name: {
                     **{score: term.score(score) for score in SCORE_OF_METHOD.values()},
@@ -166,7 +177,7 @@ class BiasScores:
                 f"{path} does not hold the scores of a BEFT run ({type(error).__name__}: {error}). "
                 "Use a folder that a BEFT run wrote, or train again."
             ) from error
-        return cls(terms=terms, **fields)
+        return cls(terms=terms, notes=record.get("notes", []), **fields)
 
 
 def rank(terms: dict[str, TermScores], method: str) -> list[str]:

@@ -61,6 +61,7 @@ def choice(scores: BiasScores, trainable: int, total: int) -> str:
         sentences.append(f"Training the {scores.selected} bias: first {by}{margin}.")
     sentences.append(f"{trainable:,} trainable of {total:,} parameters ({trainable / total:.4%}).")
     sentences += [f"The {name} bias is dead: {term.dead}." for name, term in scores.terms.items() if term.dead]
+    sentences += scores.notes
     return " ".join(sentences)
 
 
@@ -101,8 +102,9 @@ def model_card(
     dataset_name: str | None = None,
     tags: list[str] | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    plain_peft: bool = True,
 ) -> ModelCard:
-    """The README of an adapter: what was trained and why, and how to load it with PEFT alone."""
+    """The README of an adapter: what was trained and why, and how to load it, with PEFT alone where `plain_peft`."""
     base = scores.base_model or "BASE_MODEL"
     # The hub takes names of its own models only: a local path would fail its validation.
     on_hub = bool(scores.base_model) and not Path(scores.base_model).exists() and scores.base_model.count("/") <= 1
@@ -124,12 +126,16 @@ def model_card(
         sections += [_markdown_table(scores), "![scores of each term and layer](beft_scores.png)"]
     sections += [
         "## How to load it\n\n"
-        "It is an adapter of PEFT's own BEFT tuner (PEFT 0.20 or later) and needs no other package:\n\n"
-        "```python\n"
-        "from peft import PeftModel\n"
+        + (
+            "It is an adapter of PEFT's own BEFT tuner (PEFT 0.20 or later) and needs no other package:\n\n"
+            if plain_peft
+            else "It is an adapter of PEFT's BEFT tuner, which refuses the `Conv1D` layers of this base model by "
+            "itself: `load_adapter` of [beft_trl](https://pypi.org/project/beft-trl/) puts it there.\n\n"
+        )
+        + f"```python\nfrom {'peft import PeftModel' if plain_peft else 'beft_trl import load_adapter'}\n"
         f"from transformers import {auto_class}, AutoTokenizer\n\n"
         f'model = {auto_class}.from_pretrained("{base}")\n'
-        'model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")\n'
+        f'model = {"PeftModel.from_pretrained" if plain_peft else "load_adapter"}(model, "PATH_OF_THIS_FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         "```",
         f"## Citation\n\n```bibtex\n{PAPER['citation']}\n```",

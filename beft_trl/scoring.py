@@ -11,8 +11,16 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .importance import LayerScores, TermScores, fisher, importance, magnitude
-from .layout import TERMS, BiasSite
+from .layout import TERMS, BiasSite, BiasSites
 from .tuner import delta, projection
+
+
+# The key's gradient relative to the value's, as root mean squares over a layer: below, it is dead; above, alive.
+# Measured on tiny models and SmolLM2: in fp32 at most 1e-7 where the key is dead and at least 7e-4 where it is alive;
+# in 16 bits, where rounding has a gradient of its own, up to 1.5e-3 where it is dead, so that in between the
+# structure's word stands.
+DEAD_BELOW = 1e-5
+ALIVE_ABOVE = {"fp32": 1e-5, "16 bits": 2e-2}
 
 
 class ScoringProbe(TrainerCallback):
@@ -31,19 +39,23 @@ class ScoringProbe(TrainerCallback):
         self.mean_outputs: dict[BiasSite, Tensor] = {}
         self._steps: dict[BiasSite, list[Tensor]] = {site: [] for site in sites}
         self._open_step: dict[BiasSite, Tensor] = {}
-        self._output_sum: dict[BiasSite, Tensor] = {}
-        self._tokens: dict[BiasSite, int] = dict.fromkeys(sites, 0)
+        # By module: the terms of a fused projection share it.
+        self._output_sum: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
         self._mask: Tensor | None = None
 
     def __enter__(self) -> "ScoringProbe":
         self._handles = [self.model.register_forward_pre_hook(self._note_mask, with_kwargs=True)]
         for site in self.sites:
-            self._handles += [
-                delta(self.model, site).register_hook(lambda gradient, site=site: self._add_gradient(site, gradient)),
-                projection(self.model, site).register_forward_hook(
-                    lambda module, args, output, site=site: self._add_outputs(site, output)
-                ),
-            ]
+            self._handles.append(
+                delta(self.model, site).register_hook(lambda gradient, site=site: self._add_gradient(site, gradient))
+            )
+        for path in dict.fromkeys(site.module for site in self.sites):
+            self._handles.append(
+                projection(self.model, path).register_forward_hook(
+                    lambda module, args, output, path=path: self._add_outputs(path, output)
+                )
+            )
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -62,14 +74,22 @@ class ScoringProbe(TrainerCallback):
             self._steps[site].append(gradient)
 
     def on_train_end(self, args, state, control, **kwargs):
-        # One vector for all sites: the sums, and behind each its number of tokens.
+        # One vector for all projections: the sums, and behind each its number of tokens.
         parts = [
-            torch.cat([self._output_sum[site], self._output_sum[site].new_tensor([self._tokens[site]])])
-            for site in self.sites
+            torch.cat([total, total.new_tensor([self._tokens[path]])]) for path, total in self._output_sum.items()
         ]
         reduced = self.accelerator.reduce(torch.cat(parts), reduction="sum").cpu()
-        for site, part in zip(self.sites, reduced.split([len(part) for part in parts]), strict=True):
-            self.mean_outputs[site] = part[:-1] / part[-1]
+        if len(self._output_sum) < len({site.module for site in self.sites}):
+            silent = next(site.module for site in self.sites if site.module not in self._output_sum)
+            raise RuntimeError(
+                f"{silent} takes no part in the forward pass, so a bias there cannot be scored or trained. Give an "
+                "explicit bias_term that has no such layer, or use another model."
+            )
+        means = {
+            path: part[:-1] / part[-1]
+            for path, part in zip(self._output_sum, reduced.split([len(part) for part in parts]), strict=True)
+        }
+        self.mean_outputs = {site: means[site.module][site.rows] for site in self.sites}
         self.gradients = {site: torch.stack(steps) for site, steps in self._steps.items()}
 
     def _note_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -80,20 +100,19 @@ class ScoringProbe(TrainerCallback):
         rows = gradient.detach().flatten().float()[site.rows.to(gradient.device)]
         self._open_step[site] = self._open_step.get(site, 0) + rows
 
-    def _add_outputs(self, site: BiasSite, output: Tensor) -> None:
+    def _add_outputs(self, path: str, output: Tensor) -> None:
         # Gradient checkpointing runs a layer's forward twice, and then sum and count are both doubled.
         tokens = output.detach().reshape(-1, output.shape[-1])
         if self._mask is not None:
             if self._mask.numel() != len(tokens):
                 raise RuntimeError(
-                    f"{site.module} gave {len(tokens)} outputs for an attention mask of shape "
-                    f"{tuple(self._mask.shape)}, so the real tokens cannot be told from padding. Train with "
-                    "score_anchor='bias' if the model has biases, or with an explicit bias_term."
+                    f"{path} gave {len(tokens)} outputs for an attention mask of shape {tuple(self._mask.shape)}, so "
+                    "the real tokens cannot be told from padding. Train with score_anchor='bias' if the model has "
+                    "biases, or with an explicit bias_term."
                 )
             tokens = tokens[self._mask.reshape(-1).bool()]
-        rows = tokens.sum(0, dtype=torch.float32)[site.rows.to(tokens.device)]
-        self._output_sum[site] = self._output_sum.get(site, 0) + rows
-        self._tokens[site] += len(tokens)
+        self._output_sum[path] = self._output_sum.get(path, 0) + tokens.sum(0, dtype=torch.float32)
+        self._tokens[path] = self._tokens.get(path, 0) + len(tokens)
 
 
 class ScoringProgress(TrainerCallback):
@@ -107,6 +126,52 @@ class ScoringProgress(TrainerCallback):
 
     def close(self) -> None:
         self._bar.close()
+
+
+def layers_left_out(sites: BiasSites) -> list[str]:
+    """The sentence of the report on layers without attention, if there are any."""
+    if not sites.left_out:
+        return []
+    return [f"{sites.left_out} layers without query, key and value projections of their own are left out."]
+
+
+def judge_dead(sites: Sequence[BiasSite], gradients: dict[BiasSite, Tensor], precision: str) -> list[str]:
+    """Holds the structure's word on dead keys against their gradients, and corrects `site.dead`, in place.
+
+    Args:
+        sites: the model's sites.
+        gradients: batch gradients at zero delta, shape (steps, n).
+        precision: of the forward pass, a key of `ALIVE_ABOVE`.
+
+    Returns:
+        A sentence on each correction, and on each term that is dead in some of its layers alone.
+    """
+    value = {site.layer: _rms(gradients[site]) for site in sites if site.term == "value"}
+    corrected: dict[str, list[int]] = {}
+    for site in sites:
+        if site.term != "key" or not value.get(site.layer):
+            continue
+        share = _rms(gradients[site]) / value[site.layer]
+        if site.dead is None and share < DEAD_BELOW:
+            site.dead = f"its gradient is {share:.0e} of the value's"
+            corrected.setdefault("dead, though its structure does not say so", []).append(site.layer)
+        elif site.dead is not None and share > ALIVE_ABOVE[precision]:
+            site.dead = None
+            corrected.setdefault("alive, though its structure says that it is dead", []).append(site.layer)
+    notes = [
+        f"By its gradient the key bias of layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} is {state}."
+        for state, layers in corrected.items()
+    ]
+    for term in TERMS:
+        dead = [site for site in sites if site.term == term and site.dead is not None]
+        if dead and any(site.term == term and site.dead is None for site in sites):
+            layers = ", ".join(str(site.layer) for site in dead)
+            notes.append(f"The {term} bias is dead in layer{'s' * (len(dead) > 1)} {layers}: {dead[0].dead}.")
+    return notes
+
+
+def _rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
 
 
 def score_terms(

@@ -28,6 +28,7 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import ParallelMode
@@ -39,20 +40,22 @@ from .checkpoints import check_writable, last_complete_checkpoint, mark_complete
 from .config import BeftConfigMixin, BeftSFTConfig
 from .engines import engine_of, refuse_cell
 from .importance import SCORE_OF_METHOD, BiasScores, rank
-from .layout import TERMS, find_bias_sites, sites_of_term
-from .scoring import ScoringProbe, ScoringProgress, score_terms
+from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term
+from .scoring import ScoringProbe, ScoringProgress, judge_dead, layers_left_out, score_terms
 from .tuner import (
     adapter_state_dict,
     attach_deltas,
     beft_config,
+    beft_tuner,
     check_moved,
+    confine_deltas,
     deltas_as_state_dict,
     deltas_to_fp32,
     gather_deltas,
     keep_4bit_trainable,
     keep_deltas,
     native_biases,
-    quiet_about_merging,
+    projection,
     zero_deltas,
 )
 
@@ -96,12 +99,13 @@ class BeftTrainerMixin:
             quantization = kwargs.get("quantization_config") or init.get("quantization_config")
             refuse_cell(args, quantization, init.get("dtype"))
         sites = find_bias_sites(_skeleton(model, args) if isinstance(model, str) else model)
-        candidates = sites_of_term(sites, args.bias_term)
+        # A scoring pass looks at the dead terms too: the gradient has the last word.
+        candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
         if isinstance(model, str):
             kwargs["peft_config"] = beft_config(candidates)
         else:
             model = attach_deltas(model, candidates)  # type: ignore[assignment]
-        with quiet_about_merging():
+        with beft_tuner():
             super().__init__(model, args, *others, **kwargs)
         if self.accelerator.num_processes > 1 and self.args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise RuntimeError(
@@ -109,7 +113,8 @@ class BeftTrainerMixin:
                 "each would train by itself. On a CPU set use_cpu=True and ddp_backend='gloo'."
             )
         self._all_sites = sites
-        self._sites = candidates
+        self._sites = list(candidates)
+        self._confined = confine_deltas(self.model, candidates)
         deltas_to_fp32(self.model)
         keep_4bit_trainable(self.model)
         self.add_callback(_LogScores(self))
@@ -138,12 +143,14 @@ class BeftTrainerMixin:
 
     def _score(self) -> BiasScores:
         steps = self._score_steps()
-        anchor = self._score_anchor()
+        self._score_anchor()  # an anchor that cannot serve is refused before the first step
         terms = [term for term in TERMS if any(site.term == term for site in self._sites)]
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with closing(ScoringProgress(terms, 2 * steps, disable=quiet)) as progress:
             with ScoringProbe(self.model, self._sites, self.accelerator) as probe:
                 untouched = self._train_aside(steps, 0.0, probe, progress)
+            notes = judge_dead(self._all_sites, probe.gradients, precision=self._precision())
+            self._keep([site for site in self._sites if site.dead is None])
             moved = self._train_aside(steps, self.args.score_learning_rate, progress)
         if any(values.any() for values in untouched.values()) or not any(values.any() for values in moved.values()):
             raise RuntimeError(
@@ -151,7 +158,9 @@ class BeftTrainerMixin:
                 f"changes, and optim={self.args.optim!s} moved the biases in the first or left them in the second: it "
                 "does not follow the learning rate. Use another optim, or give an explicit bias_term."
             )
+        anchor = self._score_anchor()
         before = native_biases(self.model, self._sites) if anchor == "bias" else probe.mean_outputs
+        before = {site: before[site] for site in self._sites}
         scored = score_terms(self._all_sites, before, moved, probe.gradients)
         return BiasScores(
             selected=rank(scored, self.args.score_method)[0],
@@ -160,6 +169,7 @@ class BeftTrainerMixin:
             steps=steps,
             base_model=self._base_model_name(),
             terms=scored,
+            notes=[*layers_left_out(self._all_sites), *notes],
         )
 
     def _unscored(self) -> BiasScores:
@@ -170,15 +180,30 @@ class BeftTrainerMixin:
             steps=0,
             base_model=self._base_model_name(),
             terms=score_terms(self._all_sites, {}, {}, {}),
+            notes=layers_left_out(self._all_sites),
         )
 
     def _select(self, scores: BiasScores) -> None:
         self.bias_scores = scores
         self.selected_bias_term = scores.selected
-        self._sites = [site for site in self._sites if scores.selected in (site.term, "all")]
-        keep_deltas(self.model, self._sites)
+        self._keep([site for site in self._sites if scores.selected in (site.term, "all") and scores.covers(site)])
         if self.is_world_process_zero() and not self.args.disable_tqdm:
-            Console().print(report.scores_table(scores, *self.model.get_nb_trainable_parameters()))
+            Console().print(report.scores_table(scores, *self._sizes()))
+
+    def _keep(self, sites: list[BiasSite]) -> None:
+        self._sites = sites
+        keep_deltas(self.model, sites)
+        for handle in self._confined:
+            handle.remove()
+        self._confined = confine_deltas(self.model, sites)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Trained parameters, without the zero part of fused layers' deltas, and all parameters."""
+        return sum(len(site.rows) for site in self._sites), self.model.get_nb_trainable_parameters()[1]
+
+    def _precision(self) -> str:
+        full = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        return "fp32" if full and not hasattr(self.model, "quantization_method") else "16 bits"
 
     def _train_aside(self, steps: int, learning_rate: float, *callbacks: TrainerCallback) -> dict:
         """Trains for `steps` steps at a constant rate, then puts everything back but the deltas that it returns.
@@ -328,10 +353,11 @@ class BeftTrainerMixin:
         assert self.bias_scores is not None
         return report.model_card(
             self.bias_scores,
-            *self.model.get_nb_trainable_parameters(),
+            *self._sizes(),
             model_name=model_name,
             dataset_name=dataset_name,
             tags=[*getattr(self, "_tag_names", []), *(tags or [])],
+            plain_peft=not any(isinstance(projection(self.model, site.module), Conv1D) for site in self._sites),
         )
 
     def _base_model_name(self) -> str:
@@ -450,7 +476,7 @@ class _LogScores(TrainerCallback):
         scores = self.trainer.bias_scores
         if scores is None or scores.method is None or state.global_step > 0:
             return
-        trainable, total = self.trainer.model.get_nb_trainable_parameters()
+        trainable, total = self.trainer._sizes()
         values: dict[str, Any] = {"beft/trainable_parameters": trainable, "beft/trainable_share": trainable / total}
         if scores.margin is not None:
             values["beft/margin"] = scores.margin

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from peft import BeftConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.beft import BeftLayer
+from peft.tuners.beft import BeftLayer, BeftModel, Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
-from .layout import BiasSite
+from .layout import BiasSite, features
 
 
 ADAPTER_NAME = "default"
@@ -21,19 +24,77 @@ def beft_config(sites: Sequence[BiasSite], task_type: TaskType | None = TaskType
     return BeftConfig(target_modules=sorted({site.module for site in sites}), task_type=task_type)
 
 
+class Conv1DWithDelta(Linear):
+    """PEFT's BEFT layer around GPT-2's `Conv1D`, a linear layer whose weight is stored transposed."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BeftConfig):
+        # PEFT's own initialisers accept `nn.Linear` alone; this is what they do to one.
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.beft_bias = nn.ParameterDict({})
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.in_features, self.out_features = features(self.get_base_layer())
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config)
+
+
 @contextmanager
-def quiet_about_merging() -> Iterator[None]:
-    """PEFT warns once for every layer without a bias that it cannot merge there; nothing the user can change."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term")
-        yield
+def beft_tuner() -> Iterator[None]:
+    """PEFT's BEFT tuner with `Conv1D` layers, and without its warning for every layer without a bias.
+
+    The warning says that the layer cannot be merged, which `merge_adapter` does. The part on `Conv1D` goes when PEFT's
+    `BeftModel._create_new_module` takes it.
+    """
+    create = BeftModel._create_new_module
+
+    def create_on_conv1d_too(config: BeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(layer, Conv1D):
+            return Conv1DWithDelta(target, adapter_name, config)
+        return create(config, adapter_name, target, **kwargs)
+
+    BeftModel._create_new_module = staticmethod(create_on_conv1d_too)  # type: ignore[method-assign,assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term")
+            yield
+    finally:
+        BeftModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
 
 
 def attach_deltas(model: nn.Module, sites: Sequence[BiasSite]) -> PeftModel:
     """Wraps `model` and puts a zero delta at each site. The base weights are frozen."""
     task_type = TaskType.CAUSAL_LM if getattr(model, "can_generate", lambda: False)() else None
-    with quiet_about_merging():
+    with beft_tuner():
         return get_peft_model(model, beft_config(sites, task_type), adapter_name=ADAPTER_NAME)
+
+
+def load_adapter(model: nn.Module, folder: str, **kwargs: Any) -> PeftModel:
+    """`PeftModel.from_pretrained(model, folder)`, which also takes BEFT adapters of models with `Conv1D` (GPT-2).
+
+    Args:
+        model: the base model, loaded.
+        folder: an adapter's folder, or its name on the hub.
+        kwargs: whatever `PeftModel.from_pretrained` takes.
+    """
+    with beft_tuner():
+        return PeftModel.from_pretrained(model, folder, **kwargs)
+
+
+def confine_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[RemovableHandle]:
+    """Cuts the gradients of fused layers' deltas down to the rows of `sites`, until the handles are removed.
+
+    The rest of the vector starts at zero, and without a gradient every optimizer and weight decay leave it there.
+    """
+    handles = []
+    for path, rows in _rows_of_modules(sites).items():
+        parameter = _layer(model, path).beft_bias[ADAPTER_NAME]
+        size = _layer(model, path).out_features
+        if len(rows) < size:
+            mask = torch.zeros(1, size).index_fill_(1, rows, 1)
+            handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient)))
+    return handles
 
 
 def keep_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
@@ -82,18 +143,18 @@ def keep_4bit_trainable(model: nn.Module) -> None:
 
 def delta(model: PeftModel, site: BiasSite) -> nn.Parameter:
     """The parameter that holds the delta of `site`, shape (1, output features of its projection)."""
-    return _layer(model, site).beft_bias[ADAPTER_NAME]
+    return _layer(model, site.module).beft_bias[ADAPTER_NAME]
 
 
-def projection(model: PeftModel, site: BiasSite) -> nn.Module:
-    """The frozen projection beside the delta of `site`."""
-    return _layer(model, site).get_base_layer()
+def projection(model: PeftModel, module: str) -> Any:
+    """The frozen projection at the path `module` of the base model."""
+    return _layer(model, module).get_base_layer()
 
 
 def gather_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Tensor]:
     """The deltas as fp32 tensors on the CPU, shape (len(site.rows),). A collective under ZeRO."""
-    values = _fp32_values([delta(model, site) for site in sites])
-    return {site: vector.flatten()[site.rows] for site, vector in zip(sites, values, strict=True)}
+    vectors = _gather_vectors(model, sites)
+    return {site: vectors[site.module].flatten()[site.rows] for site in sites}
 
 
 def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Tensor]:
@@ -101,11 +162,19 @@ def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str,
 
     A collective under ZeRO, so every process calls it. The model's own `state_dict()` would hold the frozen base too,
     and 16-bit copies of the deltas under DeepSpeed.
+
+    Raises:
+        RuntimeError: where a fused layer's delta is not zero outside the rows of `sites`.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters = [delta(model, site) for site in sites]
-    values = _fp32_values(parameters)
-    return {names[id(parameter)]: vector for parameter, vector in zip(parameters, values, strict=True)}
+    vectors = _gather_vectors(model, sites)
+    for path, rows in _rows_of_modules(sites).items():
+        if vectors[path].index_fill(1, rows, 0).any():
+            raise RuntimeError(
+                f"The delta of {path} has moved outside the rows of the {sites[0].term} bias, whose gradients are cut "
+                f"off there. The optimizer moves parameters that have no gradient: use another optim."
+            )
+    return {names[id(delta(model, site))]: vectors[site.module] for site in sites}
 
 
 @contextmanager
@@ -129,8 +198,8 @@ def deltas_as_state_dict(model: PeftModel) -> Iterator[None]:
 
 def native_biases(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Any]:
     """The projections' own biases, `None` where there is none; shapes and gathering as in `gather_deltas`."""
-    biases: dict[BiasSite, Any] = {site: projection(model, site).bias for site in sites}
-    with _gathered([bias for bias in biases.values() if bias is not None]):
+    biases: dict[BiasSite, Any] = {site: projection(model, site.module).bias for site in sites}
+    with _gathered(list({id(bias): bias for bias in biases.values() if bias is not None}.values())):
         return {
             site: None if bias is None else bias.detach().flatten().float().cpu()[site.rows]
             for site, bias in biases.items()
@@ -139,7 +208,7 @@ def native_biases(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite,
 
 def zero_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
     """Puts the deltas back to zero, in place. A collective under ZeRO-3."""
-    parameters = [delta(model, site) for site in sites]
+    parameters = list({site.module: delta(model, site) for site in sites}.values())
     with torch.no_grad(), _gathered(parameters, modifier_rank=0):
         for parameter in parameters:
             parameter.zero_()
@@ -163,8 +232,20 @@ def check_moved(deltas: dict[BiasSite, Tensor]) -> None:
         )
 
 
-def _layer(model: PeftModel, site: BiasSite) -> Any:
-    return model.get_base_model().get_submodule(site.module)
+def _layer(model: PeftModel, module: str) -> Any:
+    return model.get_base_model().get_submodule(module)
+
+
+def _rows_of_modules(sites: Sequence[BiasSite]) -> dict[str, Tensor]:
+    rows: dict[str, list[Tensor]] = {}
+    for site in sites:
+        rows.setdefault(site.module, []).append(site.rows)
+    return {path: torch.cat(parts) for path, parts in rows.items()}
+
+
+def _gather_vectors(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Tensor]:
+    parameters = {site.module: delta(model, site) for site in sites}
+    return dict(zip(parameters, _fp32_values(list(parameters.values())), strict=True))
 
 
 def _fp32_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
