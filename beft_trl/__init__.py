@@ -3,6 +3,7 @@
 from .config import BeftConfigMixin, BeftSFTConfig
 from .importance import BiasScores
 from .layout import BiasSite, UnsupportedLayoutError, find_bias_sites
+from .merge import MergeError, MergeReport, merge_adapter
 from .trainer import BeftSFTTrainer, BeftTrainerMixin
 from .tuner import load_adapter
 
@@ -16,7 +17,10 @@ __all__ = [
     "BeftTrainerMixin",
     "BiasScores",
     "BiasSite",
+    "MergeError",
+    "MergeReport",
     "UnsupportedLayoutError",
     "find_bias_sites",
     "load_adapter",
+    "merge_adapter",
 ]

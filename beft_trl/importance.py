@@ -94,6 +94,7 @@ class BiasScores:
         steps: optimizer steps of the scoring pass.
         base_model: name or path of the base model.
         terms: for each of query, key and value, its scores.
+        quantization: the configuration that the base model was quantised with, or `None`.
         notes: sentences on layers that were left out, and on dead terms of single layers.
     """
 
@@ -103,6 +104,7 @@ class BiasScores:
     steps: int
     base_model: str
     terms: dict[str, TermScores]
+    quantization: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     def covers(self, site: BiasSite) -> bool:
@@ -138,6 +140,7 @@ class BiasScores:
             "anchor": self.anchor,
             "steps": self.steps,
             "base_model": self.base_model,
+            "quantization": self.quantization,
             "notes": self.notes,
             "terms": {
                 name: {
@@ -177,7 +180,8 @@ class BiasScores:
                 f"{path} does not hold the scores of a BEFT run ({type(error).__name__}: {error}). "
                 "Use a folder that a BEFT run wrote, or train again."
             ) from error
-        return cls(terms=terms, notes=record.get("notes", []), **fields)
+        optional = {name: record[name] for name in ("quantization", "notes") if name in record}
+        return cls(terms=terms, **fields, **optional)
 
 
 def rank(terms: dict[str, TermScores], method: str) -> list[str]:

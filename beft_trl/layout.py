@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 
@@ -185,6 +187,21 @@ def sites_of_term(sites: Sequence[BiasSite], bias_term: str) -> list[BiasSite]:
     return live
 
 
+def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> nn.Module:
+    """The model of `config` without weights, on the meta device; of its own architecture where Transformers has it."""
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if architecture is None:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return architecture(config)
+
+
+def output_projection(attention: nn.Module) -> tuple[str, Any] | None:
+    """Name and layer of the linear child that maps the heads' outputs back, or `None`."""
+    linear = dict(_linear_children(attention))
+    return next(((name, linear[name]) for name in _OUTPUT_NAMES if name in linear), None)
+
+
 def features(projection: Any) -> tuple[int, int]:
     """Input and output features of a linear layer or a GPT-2 `Conv1D`, quantised or split ones included."""
     if isinstance(projection, Conv1D):
@@ -264,8 +281,8 @@ def _fused(attention: Any) -> list[tuple[str, Tensor]] | None:
 
 
 def _output_size(attention: nn.Module) -> int | None:
-    linear = dict(_linear_children(attention))
-    return next((features(linear[name])[0] for name in _OUTPUT_NAMES if name in linear), None)
+    found = output_projection(attention)
+    return features(found[1])[0] if found else None
 
 
 def _linear(module: nn.Module) -> Any:

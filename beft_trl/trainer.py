@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -21,7 +20,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     DefaultFlowCallback,
     PreTrainedModel,
     TrainerCallback,
@@ -40,7 +38,7 @@ from .checkpoints import check_writable, last_complete_checkpoint, mark_complete
 from .config import BeftConfigMixin, BeftSFTConfig
 from .engines import engine_of, refuse_cell
 from .importance import SCORE_OF_METHOD, BiasScores, rank
-from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term
+from .layout import TERMS, BiasSite, build_skeleton, find_bias_sites, sites_of_term
 from .scoring import ScoringProbe, ScoringProgress, judge_dead, layers_left_out, score_terms
 from .tuner import (
     adapter_state_dict,
@@ -168,6 +166,7 @@ class BeftTrainerMixin:
             anchor=anchor,
             steps=steps,
             base_model=self._base_model_name(),
+            quantization=self._quantization(),
             terms=scored,
             notes=[*layers_left_out(self._all_sites), *notes],
         )
@@ -179,6 +178,7 @@ class BeftTrainerMixin:
             anchor=None,
             steps=0,
             base_model=self._base_model_name(),
+            quantization=self._quantization(),
             terms=score_terms(self._all_sites, {}, {}, {}),
             notes=layers_left_out(self._all_sites),
         )
@@ -363,6 +363,10 @@ class BeftTrainerMixin:
     def _base_model_name(self) -> str:
         return self.model.get_base_model().name_or_path
 
+    def _quantization(self) -> dict[str, Any] | None:
+        config = getattr(self.model.config, "quantization_config", None)
+        return config.to_diff_dict() if config is not None else None
+
     def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         asked = str(resume_from_checkpoint or False).lower()  # a recipe gives "true" and "false" as text
         if asked == "false":
@@ -513,16 +517,8 @@ def _skeleton(name: str, args: TrainingArguments) -> nn.Module:
     """The model of that name without weights, to find its biases, and refuse it, before anything is loaded."""
     init = getattr(args, "model_init_kwargs", None) or {}
     trust = init.get("trust_remote_code", getattr(args, "trust_remote_code", False))
-    config = AutoConfig.from_pretrained(
-        name,
-        trust_remote_code=trust,
-        **{key: init[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in init},
-    )
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        if architecture is None:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        return architecture(config)
+    where = {key: init[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in init}
+    return build_skeleton(AutoConfig.from_pretrained(name, trust_remote_code=trust, **where), trust)
 
 
 def _scoring_args(args: TrainingArguments, steps: int, learning_rate: float) -> TrainingArguments:

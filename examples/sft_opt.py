@@ -69,6 +69,8 @@ def main(script_args, training_args, model_args, dataset_args):
     say(f"Seconds: {scored:.1f} scoring, {output.metrics['train_runtime']:.1f} training")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    # Gloo's threads may still be letting go of the last collective's tensors: a process that exits meanwhile aborts.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

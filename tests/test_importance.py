@@ -97,7 +97,17 @@ def test_a_term_scores_the_mean_of_its_layers_and_each_method_ranks_by_its_own(s
 def test_json_has_the_documented_keys_and_comes_back_equal(scores, tmp_path):
     scores.to_json(tmp_path / "scores.json")
     record = json.loads((tmp_path / "scores.json").read_text())
-    assert set(record) == {"selected", "ranking", "method", "anchor", "steps", "base_model", "notes", "terms"}
+    assert set(record) == {
+        "selected",
+        "ranking",
+        "method",
+        "anchor",
+        "steps",
+        "base_model",
+        "quantization",
+        "notes",
+        "terms",
+    }
     assert set(record["terms"]["value"]) == {"importance", "magnitude", "fisher", "dead", "parameters", "layers"}
     assert record["terms"]["value"]["layers"][1] == {"layer": 1, "importance": 0.3, "magnitude": 1.0, "fisher": 0.8}
     assert record["terms"]["key"]["importance"] is None and record["terms"]["key"]["dead"] == "no positions"

@@ -5,6 +5,7 @@ accelerate launch --config_file ... tests/witness.py NOTES_FOLDER --config RECIP
 
 import hashlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ class Witness(beft_trl.BeftSFTTrainer):
         weights = [
             module.weight
             for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear) and "layers" in name
+            if isinstance(module, torch.nn.Linear) and re.search(r"\b(layers|h)\b", name)
         ]
         notes |= {
             "base_after": digest_of_base(self.model),
