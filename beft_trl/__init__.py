@@ -1,26 +1,45 @@
 """Bias-efficient fine-tuning with TRL: scores the query, key and value bias of a language model, trains the best."""
 
-from .config import BeftConfigMixin, BeftSFTConfig
-from .importance import BiasScores
-from .layout import BiasSite, UnsupportedLayoutError, find_bias_sites
-from .merge import MergeError, MergeReport, merge_adapter
-from .trainer import BeftSFTTrainer, BeftTrainerMixin
-from .tuner import load_adapter
+# ruff: noqa: F401
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .config import BeftConfigMixin, BeftSFTConfig
+    from .importance import BiasScores
+    from .layout import BiasSite, BiasSites, UnsupportedLayoutError, find_bias_sites
+    from .merge import MergeError, MergeReport, merge_adapter
+    from .trainer import BeftSFTTrainer, BeftTrainerMixin
+    from .tuner import load_adapter
 
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BeftConfigMixin",
-    "BeftSFTConfig",
-    "BeftSFTTrainer",
-    "BeftTrainerMixin",
-    "BiasScores",
-    "BiasSite",
-    "MergeError",
-    "MergeReport",
-    "UnsupportedLayoutError",
-    "find_bias_sites",
-    "load_adapter",
-    "merge_adapter",
-]
+_MODULE_OF = {
+    "BeftConfigMixin": "config",
+    "BeftSFTConfig": "config",
+    "BeftSFTTrainer": "trainer",
+    "BeftTrainerMixin": "trainer",
+    "BiasScores": "importance",
+    "BiasSite": "layout",
+    "BiasSites": "layout",
+    "MergeError": "merge",
+    "MergeReport": "merge",
+    "UnsupportedLayoutError": "layout",
+    "find_bias_sites": "layout",
+    "load_adapter": "tuner",
+    "merge_adapter": "merge",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported when they are asked for: TRL takes seconds and a merge does without it.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
