@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -125,7 +123,9 @@ def find_bias_sites(model: nn.Module) -> BiasSites:
     The key bias is dead in softmax attention without rotary positions, query-key norm, sinks or disentangled positions
     (https://arxiv.org/abs/2302.08626, section 3).
     """
-    base_model: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # PEFT's wrappers are known by their methods: importing PEFT takes seconds, and a merge does without it.
+    wrapper: Any = model
+    base_model: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     name, config = type(base_model).__name__, getattr(base_model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedLayoutError(
@@ -285,8 +285,8 @@ def _output_size(attention: nn.Module) -> int | None:
     return features(found[1])[0] if found else None
 
 
-def _linear(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+def _linear(module: Any) -> Any:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _linear_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 import transformers
 import xxhash
 from huggingface_hub import snapshot_download
-from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIG
 
 from .importance import BiasScores
 from .layout import BiasSite, build_skeleton, features, find_bias_sites, output_projection
-from .tuner import load_adapter
 
 
 PREFIX, SUFFIX = "base_model.model.", ".beft_bias"
@@ -66,6 +65,7 @@ class MergeReport:
         output: the merged checkpoint's folder.
         rule: how the deltas were put into the checkpoint, as a sentence.
         changed, added: names of the tensors that are new in value, or new.
+        base_hashes: xxh3-128 of the base's weight files that were copied.
         difference: largest difference of a logit between the merged model and base plus adapter, relative to the
             largest logit; `None` where nothing was verified.
         quantized_difference: the same between the merged model and the quantised base that the adapter was trained
@@ -76,18 +76,19 @@ class MergeReport:
     rule: str
     changed: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
+    base_hashes: dict[str, str] = field(default_factory=dict)
     difference: float | None = None
     quantized_difference: float | None = None
 
 
 @dataclass
 class _Plan:
-    """Biases by module path, in fp32: `add` to existing ones, `create` with zeros where `None`; and the config."""
+    """Biases by module path, in fp32, to `add` to existing ones and to `create`, and the config that has them."""
 
     rule: str
     config: PreTrainedConfig
     add: dict[str, Tensor]
-    create: dict[str, Tensor | None]
+    create: dict[str, Tensor]
 
 
 def merge_adapter(
@@ -122,8 +123,8 @@ def merge_adapter(
     adapter, output = Path(adapter), Path(output)
     if output.exists() and any(output.iterdir()):
         raise MergeError(f"The output folder {output} is not empty: nothing was written. Give a new folder.")
-    deltas, peft_config = _read_adapter(adapter)
-    base_folder = _base_folder(base or peft_config.base_model_name_or_path)
+    deltas, trained_on = _read_adapter(adapter)
+    base_folder = _base_folder(base or trained_on)
     config = AutoConfig.from_pretrained(base_folder)
     if getattr(config, "quantization_config", None):
         raise MergeError(
@@ -146,7 +147,7 @@ def merge_adapter(
         _copy_files(base_folder, partial, adapter)
         if verify:
             _verify(adapter, base_folder, partial, plan.config, report)
-        _write_card(partial, adapter, base_folder, checkpoint, report)
+        _write_card(partial, adapter, base_folder, report)
         plan.config.save_pretrained(partial)
         if output.exists():
             output.rmdir()
@@ -157,19 +158,19 @@ def merge_adapter(
     return report
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftConfig]:
-    """The deltas by module path, shape (n,), fp32, and the adapter's configuration."""
+def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The deltas by module path, shape (n,), fp32, and the name of the base model."""
     if not (folder / "adapter_config.json").is_file():
         raise MergeError(f"{folder} holds no adapter_config.json: give the folder that a BEFT run wrote.")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = config["peft_type"]
         tensors = load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MergeError(
             f"The adapter in {folder} cannot be read ({error}): it is damaged or incomplete. Take another checkpoint."
         ) from error
     foreign = [name for name in tensors if not (name.startswith(PREFIX) and name.endswith(SUFFIX))]
-    kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "BEFT" or foreign or not tensors:
         found = f"its type is {kind}" if kind != "BEFT" else f"it holds {', '.join(foreign[:2]) or 'no tensor'}"
         raise MergeError(f"{folder} is no BEFT adapter: {found}. Merge others with PEFT's own merge_and_unload.")
@@ -179,7 +180,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftConfig]:
         raise MergeError(
             f"The delta of {broken} in {folder} is not finite: the run broke. Take an earlier checkpoint."
         )
-    return deltas, config
+    return deltas, config.get("base_model_name_or_path")
 
 
 def _base_folder(base: str | Path | None) -> Path:
@@ -218,7 +219,6 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, skeleton: Any):
         self.folder = folder
-        self.hashes: dict[str, str] = {}
         self._base_prefix = f"{skeleton.base_model_prefix}."
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         if index.is_file():
@@ -285,7 +285,7 @@ def _plan(
         for rule, variant, created in variants:
             if deltas.keys() <= biases | created:
                 add = {path: delta for path, delta in deltas.items() if path in biases}
-                return _Plan(rule, variant, add, {path: deltas.get(path) for path in created})
+                return _Plan(rule, variant, add, _filled(created, deltas, skeleton))
     folded = _fold(deltas, skeleton, sites, checkpoint)
     if folded is not None:
         rule = "The value bias is added to the bias of the output projection, as W_o b_v."
@@ -293,7 +293,7 @@ def _plan(
             return _Plan(rule, config, folded, {})
         for switched, variant, created in variants:
             if folded.keys() <= biases | created:
-                return _Plan(f"{rule} {switched}", variant, {}, {path: folded.get(path) for path in created})
+                return _Plan(f"{rule} {switched}", variant, {}, _filled(created, folded, skeleton))
     name = type(skeleton).__name__
     if to_output:
         raise MergeError(
@@ -305,6 +305,14 @@ def _plan(
         "creates it, and no output-projection bias that could stand for a value bias. Keep the adapter: PEFT and "
         "servers that load PEFT adapters apply it as it is."
     )
+
+
+def _filled(created: set[str], values: dict[str, Tensor], skeleton: nn.Module) -> dict[str, Tensor]:
+    """All biases that a switch creates: the values where there are any, else zeros."""
+    return {
+        path: values[path] if path in values else torch.zeros(features(skeleton.get_submodule(path))[1])
+        for path in created
+    }
 
 
 def _biases(model: nn.Module) -> set[str]:
@@ -367,9 +375,7 @@ def _write_weights(plan: _Plan, checkpoint: _Checkpoint, partial: Path, report: 
         changed.setdefault(checkpoint.file_of[name], {})[name] = (bias.float() + delta).to(bias.dtype)
     added = {}
     for path, values in plan.create.items():
-        dtype = checkpoint.dtype(path)
-        size = checkpoint.tensor(path, "weight").shape[0] if values is None else len(values)
-        added[checkpoint.name(path, "bias")] = (torch.zeros(size) if values is None else values).to(dtype)
+        added[checkpoint.name(path, "bias")] = values.to(checkpoint.dtype(path))
     report.changed = sorted(name for shard in changed.values() for name in shard)
     report.added = sorted(added)
 
@@ -377,13 +383,19 @@ def _write_weights(plan: _Plan, checkpoint: _Checkpoint, partial: Path, report: 
     new_name = {shard: _shard_name(number, count) for number, shard in enumerate(checkpoint.shards, 1)}
     if not added:
         new_name = {shard: shard for shard in checkpoint.shards}
-    for shard in checkpoint.shards:
-        target = partial / new_name[shard]
-        if link and shard not in changed:
-            os.link((checkpoint.folder / shard).resolve(), target)
-        else:
-            checkpoint.hashes[shard] = _copy_and_hash(checkpoint.folder / shard, target)
-            _patch(target, changed.get(shard, {}))
+    with ThreadPoolExecutor() as pool:
+        hashes = {}
+        copies = []
+        for shard in checkpoint.shards:
+            source, target = checkpoint.folder / shard, partial / new_name[shard]
+            if link and shard not in changed:
+                os.link(source.resolve(), target)
+                continue
+            hashes[shard] = pool.submit(_hash, source)
+            copies.append(pool.submit(_copy_and_patch, source, target, changed.get(shard, {})))
+        for copy_done in copies:
+            copy_done.result()
+        report.base_hashes = {shard: future.result() for shard, future in hashes.items()}
     if added:
         last = _shard_name(count, count)
         save_file(added, partial / last, metadata={"format": "pt"})
@@ -399,13 +411,17 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _copy_and_hash(source: Path, target: Path, size: int = 1 << 23) -> str:
+def _hash(file: Path, size: int = 1 << 22) -> str:
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(size))
-    with open(source, "rb", buffering=0) as reading, open(target, "wb", buffering=0) as writing:
+    with open(file, "rb", buffering=0) as reading:
         while count := reading.readinto(buffer):
             digest.update(buffer[:count])
-            writing.write(buffer[:count])
     return digest.hexdigest()
+
+
+def _copy_and_patch(source: Path, target: Path, tensors: dict[str, Tensor]) -> None:
+    shutil.copyfile(source, target)  # in the kernel, so that the bytes do not pass through this process
+    _patch(target, tensors)
 
 
 def _patch(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -447,6 +463,8 @@ def _verify(adapter: Path, base: Path, partial: Path, config: PreTrainedConfig, 
     dtype, prompt = merged.dtype, PROMPT.clamp(max=config.get_text_config().vocab_size - 1)
     found = _logits(merged, prompt)
     del merged
+    from .tuner import load_adapter  # and with it PEFT, which a merge alone does without
+
     original = AutoConfig.from_pretrained(base)
     whole = getattr(transformers, (original.architectures or ["AutoModelForCausalLM"])[0])
     expected = _logits(load_adapter(whole.from_pretrained(base, dtype="auto"), str(adapter)), prompt)
@@ -473,9 +491,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def _write_card(partial: Path, adapter: Path, base: Path, checkpoint: _Checkpoint, report: MergeReport) -> None:
+def _write_card(partial: Path, adapter: Path, base: Path, report: MergeReport) -> None:
     sha256 = hashlib.sha256((adapter / ADAPTER_SAFE_WEIGHTS_NAME).read_bytes()).hexdigest()
-    shards = [f"- `{shard}` of the base: xxh3-128 `{digest}`" for shard, digest in checkpoint.hashes.items()]
+    shards = [f"- `{shard}` of the base: xxh3-128 `{digest}`" for shard, digest in report.base_hashes.items()]
     lines = [
         "---\nlibrary_name: transformers\ntags:\n- beft\n---\n",
         f"# {adapter.resolve().name}, merged\n",
