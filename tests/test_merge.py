@@ -165,7 +165,7 @@ def test_a_sum_is_made_in_fp32_and_kept_in_the_dtype_of_the_checkpoint(tmp_path)
         name = f"{site.module}.bias"
         expected = before[name].float() + delta(adapted, site)[0].detach()
         assert torch.equal(after[name], expected.bfloat16())
-    assert 0 < report.difference < 5e-2
+    assert 0 < report.difference < 1e-1
 
 
 def test_a_mistral_without_sliding_window_becomes_a_llama(tmp_path):
