@@ -5,10 +5,15 @@ Exit codes: 0 done, 1 failed with one paragraph on stderr, 2 wrong usage, 130 in
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from rich.console import Console
+
+
+if TYPE_CHECKING:
+    from .merge import MergeReport
 
 
 app = typer.Typer(
@@ -43,17 +48,38 @@ def merge(
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""
     from .merge import merge_adapter
 
-    report = merge_adapter(adapter, output, base, output_projection, verify, link)
+    _tell(merge_adapter(adapter, output, base, output_projection, verify, link))
+
+
+@click.command("merge-beft")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write. Default: merged, in output_dir.")
+@click.option("--verify/--no-verify", default=True, help="Compare the logits of both models, which loads them.")
+def merge_beft(config: Path, output: Path | None, verify: bool) -> None:
+    """Fold the BEFT adapter of an Axolotl CONFIG into a plain Transformers checkpoint."""
+    import yaml
+
+    from .merge import merge_adapter
+
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    adapter = Path(settings.get("output_dir", "model-out"))
+    try:
+        _tell(merge_adapter(adapter, output or adapter / "merged", settings["base_model"], verify=verify))
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _tell(report: "MergeReport") -> None:
     say = Console(highlight=False).print
     say(f"Wrote {report.output}: {len(report.changed)} tensors changed, {len(report.added)} added. {report.rule}")
-    if report.difference is not None:
-        say(f"Largest difference of a logit to base plus adapter: {report.difference:.1e} of the largest.")
     if report.quantized_difference is not None:
         say(
             f"To the quantised base that the adapter was trained on: {report.quantized_difference:.1e} of the "
             "largest. The merged weights are not quantised."
         )
-    if not verify:
+    if report.difference is not None:
+        say(f"Largest difference of a logit to base plus adapter: {report.difference:.1e} of the largest.")
+    else:
         say("Not verified: the logits were not compared.")
 
 

@@ -79,6 +79,11 @@ class ScoringProbe(TrainerCallback):
             torch.cat([total, total.new_tensor([self._tokens[path]])]) for path, total in self._output_sum.items()
         ]
         reduced = self.accelerator.reduce(torch.cat(parts), reduction="sum").cpu()
+        if not self._output_sum:
+            raise RuntimeError(
+                "The scoring pass got no batch at all: the training data are fewer than one batch. Lower the batch size "
+                "or the packed length, or give more rows."
+            )
         if len(self._output_sum) < len({site.module for site in self.sites}):
             silent = next(site.module for site in self.sites if site.module not in self._output_sum)
             raise RuntimeError(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
@@ -42,6 +42,7 @@ from .layout import TERMS, BiasSite, build_skeleton, find_bias_sites, sites_of_t
 from .scoring import ScoringProbe, ScoringProgress, judge_dead, layers_left_out, score_terms
 from .tuner import (
     adapter_state_dict,
+    adopt_deltas,
     attach_deltas,
     beft_config,
     beft_tuner,
@@ -72,7 +73,8 @@ class BeftTrainerMixin:
     away but for its scores; the second is the user's run, of the selected bias alone.
 
     Args:
-        model: a loaded model, or its name or path for trainers that load models and take a `peft_config`.
+        model: a loaded model, or its name or path for trainers that load models and take a `peft_config`. A model that
+            comes with a BEFT adapter goes on training that.
         args: a training configuration with the fields of [`BeftConfigMixin`].
         others: whatever the trainer takes, except a `peft_config` or ready-made `optimizers`.
 
@@ -101,6 +103,8 @@ class BeftTrainerMixin:
         candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
         if isinstance(model, str):
             kwargs["peft_config"] = beft_config(candidates)
+        elif isinstance(model, PeftModel):
+            candidates = adopt_deltas(model, sites)
         else:
             model = attach_deltas(model, candidates)  # type: ignore[assignment]
         with beft_tuner():
@@ -134,7 +138,8 @@ class BeftTrainerMixin:
             self._select(self._recorded_scores(checkpoint))
         elif self.bias_scores is None:
             self._refuse_foreign_output()
-            self._select(self._score() if self.args.bias_term == "auto" else self._unscored())
+            term = self._trained_term() or self.args.bias_term
+            self._select(self._score() if term == "auto" else self._unscored(term))
         output = super().train(checkpoint, *others, **kwargs)
         check_moved(gather_deltas(self.model, self._sites))
         return output
@@ -171,9 +176,23 @@ class BeftTrainerMixin:
             notes=[*layers_left_out(self._all_sites), *notes],
         )
 
-    def _unscored(self) -> BiasScores:
+    def _trained_term(self) -> str | None:
+        """The term of an adapter that the model came with and that has been trained before."""
+        deltas = gather_deltas(self.model, self._sites)
+        terms = [term for term in TERMS if any(deltas[site].any() for site in self._sites if site.term == term)]
+        if not terms:
+            return None
+        term = terms[0] if len(terms) == 1 else "all"
+        if self.args.bias_term not in ("auto", term):
+            raise ValueError(
+                f"The model's adapter trains the {term} bias, and this run asks for bias_term="
+                f"{self.args.bias_term!r}. Give the base model for another term, or leave bias_term out to go on."
+            )
+        return term
+
+    def _unscored(self, term: str) -> BiasScores:
         return BiasScores(
-            selected=self.args.bias_term,
+            selected=term,
             method=None,
             anchor=None,
             steps=0,
@@ -501,10 +520,10 @@ def _refuse_arguments(model: Any, args: Any, kwargs: dict) -> None:
             f"peft_config={type(kwargs['peft_config']).__name__} and bias_term={args.bias_term!r} exclude each other: "
             "this trainer builds its own adapter from bias_term. Leave peft_config out, or use SFTTrainer."
         )
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and {config.peft_type for config in model.peft_config.values()} != {PeftType.BEFT}:
         raise ValueError(
-            "The model already has a PEFT adapter. Give the base model: this trainer adds the biases itself. To go on "
-            "with a run, use train(resume_from_checkpoint=...)."
+            "The model already has a PEFT adapter of another kind. Give the base model, to which this trainer adds "
+            "the biases itself, or a model with a BEFT adapter, to go on training it."
         )
     if any(kwargs.get("optimizers") or ()):
         raise ValueError(

@@ -70,6 +70,22 @@ def attach_deltas(model: nn.Module, sites: Sequence[BiasSite]) -> PeftModel:
         return get_peft_model(model, beft_config(sites, task_type), adapter_name=ADAPTER_NAME)
 
 
+def adopt_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[BiasSite]:
+    """The sites whose deltas the adapter of `model` holds, which are made trainable, and nothing else.
+
+    Raises:
+        ValueError: for more than one adapter, or one of another name than PEFT's default.
+    """
+    if list(model.peft_config) != [ADAPTER_NAME]:
+        raise ValueError(
+            f"The model has the adapters {', '.join(model.peft_config)}: give it with one, named {ADAPTER_NAME!r}."
+        )
+    model.peft_config[ADAPTER_NAME].inference_mode = False
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".beft_bias." in name
+    return [site for site in sites if isinstance(_layer(model, site.module), BeftLayer)]
+
+
 def load_adapter(model: nn.Module, folder: str, **kwargs: Any) -> PeftModel:
     """`PeftModel.from_pretrained(model, folder)`, which also takes BEFT adapters of models with `Conv1D` (GPT-2).
 

@@ -1,0 +1,187 @@
+"""The Axolotl plugin: `plugins: [beft_trl.axolotl.BeftPlugin]` and `adapter: beft` in an Axolotl YAML."""
+
+import difflib
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+from pydantic import BaseModel, Field, model_validator
+from torch import nn
+from transformers import PreTrainedModel
+
+
+try:
+    from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+    from axolotl.loaders.model import ModelLoader
+except ImportError as error:
+    raise ImportError(
+        f"beft_trl.axolotl needs Axolotl 0.19 or later, which knows adapters of plugins ({error}). Install it with "
+        "pip install -c constraints-axolotl.txt axolotl."
+    ) from error
+
+from .layout import find_bias_sites, sites_of_term
+from .trainer import BeftTrainerMixin
+from .tuner import attach_deltas, beft_config, delta, gather_deltas, load_adapter
+
+
+# What excludes `adapter: beft`, with the reason and the remedy.
+CONFLICTS = {
+    "unfrozen_parameters": "it would train parts of the frozen base, and freeze the biases. Leave it out.",
+    "rl": "preference training through Axolotl is not supported. Use BeftTrainerMixin before TRL's own DPOTrainer.",
+    "fsdp": "FSDP has not been shown to keep fp32 biases beside frozen weights. Use deepspeed.",
+    "fsdp_config": "FSDP has not been shown to keep fp32 biases beside frozen weights. Use deepspeed.",
+    "relora": "it restarts LoRA matrices, and there are none.",
+    "reward_model": "a reward head is trained beside the biases, and would not be saved.",
+    "process_reward_model": "a reward head is trained beside the biases, and would not be saved.",
+    "gptq": "a GPTQ base has not been shown to work. Use load_in_8bit or load_in_4bit.",
+    "qat": "it replaces the layers that hold the biases.",
+}
+
+
+class BeftArgs(BaseModel):
+    """The plugin's keys, merged into Axolotl's schema."""
+
+    beft_bias_term: Literal["auto", "query", "key", "value", "all"] | None = Field(
+        default=None,
+        json_schema_extra={"description": "Attention bias term to train; auto, the default, scores all three first."},
+    )
+    beft_score_method: Literal["beft", "magnitude", "fisher"] | None = Field(
+        default=None, json_schema_extra={"description": "Score that ranks the bias terms. Default: beft."}
+    )
+    beft_score_steps: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra={"description": "Optimizer steps of the scoring pass. Default: 5, or a tenth of the run."},
+    )
+    beft_score_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        json_schema_extra={"description": "Constant learning rate of the scoring pass. Default: 1e-3."},
+    )
+    beft_score_anchor: Literal["auto", "bias", "activation"] | None = Field(
+        default=None,
+        json_schema_extra={"description": "What a change is measured from: bias, activation or auto, the default."},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_beft(cls, data: Any) -> Any:
+        """Refuses unknown `beft_` keys, and settings that exclude the adapter, which Axolotl would take in silence."""
+        keys = [key for key in data if key.startswith("beft_")]
+        known = list(BeftArgs.model_fields)
+        for key in keys:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise ValueError(f"{key} is no setting" + (f": did you mean {near[0]}?" if near else "."))
+        if data.get("adapter") != "beft":
+            if any(data[key] is not None for key in keys):
+                raise ValueError(f"{keys[0]} has no effect without adapter: beft. Set it, or leave the key out.")
+            return data
+        for key, reason in CONFLICTS.items():
+            if data.get(key):
+                raise ValueError(f"{key} and adapter: beft exclude each other: {reason}")
+        return data
+
+
+class BeftPlugin(BasePlugin):
+    """Trains through Axolotl's own trainer, collators and packing, by the mixin that TRL's trainer has, too."""
+
+    def register(self, cfg: dict) -> None:
+        _quantise_for_beft()
+
+    def get_input_args(self) -> str:
+        return "beft_trl.axolotl.BeftArgs"
+
+    def get_training_args_mixin(self) -> str:
+        return "beft_trl.config.BeftConfigMixin"
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        if cfg.adapter != "beft":
+            return None
+        names = {name: name.removeprefix("beft_") for name in BeftArgs.model_fields}
+        settings = {field: cfg[name] for name, field in names.items() if cfg[name] is not None}
+        # Axolotl does not say that there is no accelerator, and Transformers refuses bf16 without being told.
+        return settings if torch.accelerator.is_available() else {**settings, "use_cpu": True}
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name="beft")]
+
+    def post_model_build(self, cfg: Any, model: PreTrainedModel) -> None:
+        if cfg.adapter == "beft" and (cfg.load_in_8bit or cfg.load_in_4bit):
+            _check_quantised(model, 8 if cfg.load_in_8bit else 4)
+
+    def load_adapter(
+        self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[PeftModel | None, PeftConfig] | None:
+        if cfg.adapter != "beft":
+            return None
+        sites = find_bias_sites(model)
+        term = cfg.beft_bias_term or "auto"
+        candidates = sites if term == "auto" else sites_of_term(sites, term)
+        if config_only:
+            return None, beft_config(candidates)
+        if cfg.lora_model_dir:
+            adapted = load_adapter(model, cfg.lora_model_dir, is_trainable=not inference)
+        else:
+            adapted = attach_deltas(model, candidates)
+        return adapted, adapted.peft_config["default"]
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        if cfg.adapter != "beft":
+            return None
+        from axolotl.core.trainers import AxolotlTrainer
+
+        class BeftAxolotlTrainer(BeftTrainerMixin, AxolotlTrainer):
+            def train(self, *args: Any, **kwargs: Any) -> Any:
+                output = super().train(*args, **kwargs)
+                # With scores, heat map and card; Axolotl then saves the adapter once more, from the model itself,
+                # where DeepSpeed may hold 16-bit copies of the biases.
+                self.save_model(self.args.output_dir)
+                if not any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+                    _keep_fp32(self.model, self._sites)
+                return output
+
+        return BeftAxolotlTrainer
+
+
+def _quantise_for_beft() -> None:
+    """Lets Axolotl's loader quantise for `adapter: beft` as it does for `lora` and `qlora`.
+
+    It builds the bitsandbytes configuration for these two names alone and loads in full precision otherwise
+    (axolotl/loaders/model.py, `_set_quantization_config`). This goes when it asks for a capability instead.
+    """
+    if hasattr(ModelLoader, "_beft_quantises"):
+        return
+    original = ModelLoader._set_quantization_config
+
+    def set_quantization_config(self: Any) -> None:
+        if self.cfg.adapter != "beft":
+            return original(self)
+        self.cfg.adapter = "qlora" if self.cfg.load_in_4bit else "lora"
+        try:
+            return original(self)
+        finally:
+            self.cfg.adapter = "beft"
+
+    ModelLoader._set_quantization_config = set_quantization_config
+    ModelLoader._beft_quantises = True
+
+
+def _check_quantised(model: nn.Module, bits: int) -> None:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    kind = Linear8bitLt if bits == 8 else Linear4bit
+    bare = [site.module for site in find_bias_sites(model) if not isinstance(model.get_submodule(site.module), kind)]
+    if bare:
+        raise RuntimeError(
+            f"load_in_{bits}bit was asked for, and {bare[0]} is a {type(model.get_submodule(bare[0])).__name__}: the "
+            "base would be trained against unquantised. Leave load_in_8bit and load_in_4bit out, or report this."
+        )
+
+
+def _keep_fp32(model: PeftModel, sites: Any) -> None:
+    for site, values in gather_deltas(model, sites).items():
+        parameter = delta(model, site)
+        whole = parameter.data.float()
+        whole[0, site.rows.to(whole.device)] = values.to(whole.device)
+        parameter.data = whole
