@@ -81,7 +81,7 @@ class ScoringProbe(TrainerCallback):
         reduced = self.accelerator.reduce(torch.cat(parts), reduction="sum").cpu()
         if not self._output_sum:
             raise RuntimeError(
-                "The scoring pass got no batch at all: the training data are fewer than one batch. Lower the batch size "
+                "The scoring pass got no batch: the training data are fewer than one batch. Lower the batch size "
                 "or the packed length, or give more rows."
             )
         if len(self._output_sum) < len({site.module for site in self.sites}):

@@ -8,7 +8,7 @@ import torch
 from conftest import make_llama, make_opt, make_rows, make_tokenizer
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, TrainerCallback
+from transformers import MambaConfig, MambaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, TrainerCallback
 from trl import SFTConfig
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer, UnsupportedLayoutError
@@ -111,7 +111,7 @@ def test_prompts_that_fill_max_length(make_trainer):
     ("model", "message"),
     [
         (MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)), "no attention layer"),
-        (GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4)), "transformer.h.0.attn.c_attn"),
+        (OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4)), "h.0.attn.c_attn"),
     ],
 )
 @pytest.mark.parametrize("by_name", [False, True])

@@ -44,3 +44,10 @@ def test_wording_varies():
 def test_the_answer_is_never_in_the_message():
     for row in rows("train") + rows("test"):
         assert row["completion"][0]["content"].lower() not in row["prompt"][-1]["content"].lower().split()
+
+
+def test_the_file_for_axolotl_holds_the_training_rows_as_conversations():
+    conversations = [
+        json.loads(line)["messages"] for line in (DATA / "support_messages.jsonl").read_text().splitlines()
+    ]
+    assert conversations == [row["prompt"] + row["completion"] for row in rows("train")]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_opt, make_rows, make_tokenizer
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
@@ -353,3 +354,24 @@ def test_a_model_name_and_a_loaded_model_train_the_same(make_trainer, tmp_path):
     loaded.train()
     assert isinstance(by_name, BeftSFTTrainer)
     assert losses(by_name) == losses(loaded)
+
+
+def test_a_model_with_a_beft_adapter_goes_on_training_it(make_trainer, tmp_path):
+    first = make_trainer(make_llama())
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    adapted = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
+    second = make_trainer(adapted, output_dir=str(tmp_path / "second"), learning_rate=1e-4, max_steps=2)
+    second.train()
+    assert second.selected_bias_term == first.selected_bias_term
+    assert second.bias_scores.method is None
+    second.save_model()
+    after = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    for name, delta in after.items():
+        assert 0 < (delta - before[name]).abs().max() <= 2.1e-4
+    other = next(term for term in ("query", "key", "value") if term != first.selected_bias_term)
+    third = make_trainer(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"), bias_term=other)
+    with pytest.raises(ValueError, match=f"adapter trains the {first.selected_bias_term} bias"):
+        third.train()
