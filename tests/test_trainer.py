@@ -369,8 +369,8 @@ def test_a_model_with_a_beft_adapter_goes_on_training_it(make_trainer, tmp_path)
     second.save_model()
     after = load_file(tmp_path / "second" / "adapter_model.safetensors")
     assert after.keys() == before.keys()
-    for name, delta in after.items():
-        assert 0 < (delta - before[name]).abs().max() <= 2.1e-4
+    for name, values in after.items():
+        assert 0 < (values - before[name]).abs().max() <= 2.1e-4
     other = next(term for term in ("query", "key", "value") if term != first.selected_bias_term)
     third = make_trainer(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"), bias_term=other)
     with pytest.raises(ValueError, match=f"adapter trains the {first.selected_bias_term} bias"):
