@@ -22,16 +22,20 @@ from beft_trl.checkpoints import MANIFEST_FILE, last_complete_checkpoint
 TESTS = Path(__file__).parent
 PROGRAM = textwrap.dedent(
     """
+    import os
     import sys
-    from pathlib import Path
     sys.path.insert(0, sys.argv[1])
     from conftest import make_llama, make_rows, make_tokenizer
     from transformers import TrainerCallback
     from beft_trl import BeftSFTConfig, BeftSFTTrainer
 
-    class Started(TrainerCallback):
+    class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            Path(sys.argv[3]).write_text(str(state.global_step))
+            with open(sys.argv[3] + ".new", "w") as file:
+                file.write(str(state.global_step))
+            os.replace(sys.argv[3] + ".new", sys.argv[3])
+
+        on_step_end = on_train_begin
 
     config = BeftSFTConfig(
         sys.argv[2], score_steps=2, max_steps=int(sys.argv[4]), save_strategy="steps", save_steps=3, logging_steps=1,
@@ -39,7 +43,7 @@ PROGRAM = textwrap.dedent(
         gradient_checkpointing=False, save_total_limit=3,
     )
     trainer = BeftSFTTrainer(
-        make_llama(), config, train_dataset=make_rows(), processing_class=make_tokenizer(), callbacks=[Started()]
+        make_llama(), config, train_dataset=make_rows(), processing_class=make_tokenizer(), callbacks=[Progress()]
     )
     trainer.train(resume_from_checkpoint=sys.argv[5] == "resume")
     trainer.save_model()
@@ -48,18 +52,23 @@ PROGRAM = textwrap.dedent(
 
 
 def start(out, steps, resume):
-    started = out.parent / "started"
-    started.unlink(missing_ok=True)
+    """Returns once training has begun; the step it has reached stands in the file `progress` beside the output."""
+    progress = out.parent / "progress"
+    progress.unlink(missing_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, TESTS, out, started, str(steps), "resume" if resume else "anew"],
+        [sys.executable, "-c", PROGRAM, TESTS, out, progress, str(steps), "resume" if resume else "anew"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not started.exists():
+    while not progress.exists():
         assert process.poll() is None, process.stderr.read()[-2000:]
         time.sleep(0.005)
     return process
+
+
+def step_reached(out):
+    return int((out.parent / "progress").read_text())
 
 
 def unfinished(out):
@@ -80,9 +89,14 @@ def test_every_resume_continues_and_the_end_is_that_of_a_run_never_killed(tmp_pa
     for kill in range(kills):
         process = start(killed, steps, resume=last_complete_checkpoint(killed) is not None)
         assert last_step < steps, "the run ended before all kills: give it more steps"
-        resumed_at = int((killed.parent / "started").read_text())
+        resumed_at = step_reached(killed)
         assert resumed_at >= last_step  # never behind a checkpoint that was complete before
-        time.sleep(moments.uniform(0.0, 2.5))
+        # A moment is a step and a part of one, so that a fast machine leaves steps for the kills to come.
+        last_moment = resumed_at + (steps - resumed_at) // (kills - kill + 1)
+        moment = moments.randint(resumed_at, last_moment)
+        while step_reached(killed) < moment and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 0.02))
         if kill % 2:
             before = {path.name for path in killed.glob("checkpoint-*")}
             deadline = time.monotonic() + 5
