@@ -18,10 +18,10 @@ MANIFEST_FILE = "beft_checkpoint.json"
 
 
 def check_writable(output_dir: str | Path) -> None:
-    """Raises OSError where no file can be written to `output_dir`, which is made if it is missing."""
+    """Raises OSError where no file can be written to `output_dir`, or to where it would be made."""
+    folder = Path(output_dir).absolute()
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             pass
     except OSError as error:
         raise OSError(

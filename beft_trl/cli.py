@@ -1,27 +1,50 @@
-"""The `beft` command.
+"""The `beft` command, thin: what it does is done elsewhere."""
 
-Exit codes: 0 done, 1 failed with one paragraph on stderr, 2 wrong usage, 130 interrupted.
-"""
-
+import json
+import subprocess
 import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 
 if TYPE_CHECKING:
     from .merge import MergeReport
+    from .recipe import Recipe
 
 
 app = typer.Typer(
     help="Fine-tunes language models by one attention bias.",
+    epilog="Exit codes: 0 done, 1 failed with one paragraph on stderr, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
+# A recipe's fields come behind it as they do with TRL's scripts: `--learning_rate 1e-3`.
+TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipePath = Annotated[str, typer.Argument(help="YAML file; its fields can be overridden behind it: --seed 1.")]
+Launch = Annotated[
+    str | None,
+    typer.Option(help="Launch configuration: ddp, zero1, zero2, zero3, ..., or a file of accelerate's."),
+]
+
+
+class Method(str, Enum):
+    """A `score_method`, or that of the recipe."""
+
+    recipe = "recipe"
+    beft = "beft"
+    magnitude = "magnitude"
+    fisher = "fisher"
 
 
 @app.callback()
@@ -30,6 +53,81 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     context.obj = debug
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def check(
+    context: typer.Context,
+    recipe: RecipePath,
+    launch: Launch = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load the weights; do a scoring and a training step.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Says what a recipe would do, without its weights, and every reason why it cannot.
+
+    Bias sites, engine and precision, memory, supervised tokens, steps. Exit code 0 only where the run can start.
+    """
+    with _quiet():
+        from .check import check_recipe
+        from .report import check_report
+
+        found = check_recipe(recipe, context.args, launch, dry_run)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        console = Console(highlight=False)
+        for part in check_report(found):
+            console.print(part)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def score(
+    context: typer.Context,
+    recipe: RecipePath,
+    method: Annotated[
+        Method, typer.Option(help="What ranks the terms; all three are measured in any case.")
+    ] = Method.recipe,
+    steps: Annotated[
+        str | None, typer.Option(help="Optimizer steps of the pass; several, as in 5,10,20, show how it settles.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for beft_scores.json and .png. Default: output_dir of the recipe.")
+    ] = None,
+) -> None:
+    """Runs the scoring pass alone, prints its table, and writes the scores and their heat map."""
+    from .run import score as run_score
+
+    overrides = [] if method is Method.recipe else ["--score_method", method.value]
+    run_score(_parse(recipe, [*context.args, "--bias_term", "auto", *overrides]), _numbers(steps), output)
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def train(context: typer.Context, recipe: RecipePath, launch: Launch = None) -> None:
+    """Scores, selects and trains a bias term, and saves the adapter.
+
+    Under a launcher of your own: accelerate launch -m beft_trl.cli train RECIPE.
+    """
+    if launch is not None:
+        from .launch import launch_command
+
+        raise typer.Exit(subprocess.call(launch_command(launch, ["train", recipe, *context.args])))
+    from .run import train as run_train
+
+    run_train(_parse(recipe, context.args))
+
+
+@app.command()
+def info(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
+    """Tells what an adapter holds: base, term, layers, norm of each delta, scores, versions."""
+    from .report import adapter_report
+
+    console = Console(highlight=False)
+    for part in adapter_report(folder):
+        console.print(part)
 
 
 @app.command()
@@ -69,6 +167,35 @@ def merge_beft(config: Path, output: Path | None, verify: bool) -> None:
         raise click.ClickException(str(error)) from error
 
 
+def _parse(recipe: str, overrides: Sequence[str]) -> "Recipe":
+    from .recipe import parse_recipe
+
+    return parse_recipe(["--config", recipe, *overrides])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps progress bars and warnings of the libraries from a report, and their logs from standard output."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _numbers(text: str | None) -> list[int | None]:
+    if text is None:
+        return [None]
+    if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
+        raise typer.BadParameter(
+            f"{text!r} is no list of whole numbers above 0, such as 5,10,20.", param_hint="--steps"
+        )
+    return [int(part) for part in text.split(",")]
+
+
 def _tell(report: "MergeReport") -> None:
     say = Console(highlight=False).print
     say(f"Wrote {report.output}: {len(report.changed)} tensors changed, {len(report.added)} added. {report.rule}")
@@ -86,13 +213,19 @@ def _tell(report: "MergeReport") -> None:
 def main() -> None:
     """The entry point: errors are one paragraph on stderr, unless `--debug` asks for the traceback."""
     try:
-        app()
+        # Not standalone, where Ctrl-C would end in 1.
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if "--debug" in sys.argv:
             raise
-        Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {str(error).replace('[', chr(92) + '[')}")
+        Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(str(error))}")
         sys.exit(1)
 
 

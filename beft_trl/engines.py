@@ -3,6 +3,8 @@
 from typing import Any
 
 from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_available
+from transformers.utils import is_bitsandbytes_available
 
 
 # Every cell of the two works on some condition; `matrix()` renders them and `refuse_cell` enforces them.
@@ -62,9 +64,23 @@ def condition(engine: str, precision: str) -> str | None:
     return None
 
 
-def refuse_cell(args: TrainingArguments, quantization: BitsAndBytesConfig | None, dtype: Any) -> None:
-    """Raises ValueError, before any weight is loaded, where the recipe misses a condition of its cell."""
-    engine, precision = engine_of(args), precision_of(quantization, dtype)
+def refuse_cell(engine: str, args: TrainingArguments, quantization: BitsAndBytesConfig | None, dtype: Any) -> None:
+    """Refuses, before any weight is loaded, a recipe that misses a condition of its cell.
+
+    Raises:
+        ImportError: where the cell needs a package that is not installed.
+        ValueError: for another condition.
+    """
+    precision = precision_of(quantization, dtype)
+    if precision in ("8bit", "4bit") and not is_bitsandbytes_available():
+        raise ImportError(
+            f"{PRECISIONS[precision]} base weights need bitsandbytes, which is not installed: "
+            "pip install 'beft-trl[quantization]'."
+        )
+    if engine.startswith("zero") and not is_deepspeed_available():
+        raise ImportError(
+            f"{ENGINES[engine]} needs DeepSpeed, which is not installed: pip install 'beft-trl[deepspeed]'."
+        )
     needed = condition(engine, precision)
     if needed is None:
         return

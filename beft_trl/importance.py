@@ -96,6 +96,7 @@ class BiasScores:
         terms: for each of query, key and value, its scores.
         quantization: the configuration that the base model was quantised with, or `None`.
         notes: sentences on layers that were left out, and on dead terms of single layers.
+        versions: of this package and of those that the run stood on, by name.
     """
 
     selected: str
@@ -106,6 +107,7 @@ class BiasScores:
     terms: dict[str, TermScores]
     quantization: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
 
     def covers(self, site: BiasSite) -> bool:
         """Whether the bias at `site` is alive: it was scored, or its structure says so where nothing was."""
@@ -142,6 +144,7 @@ class BiasScores:
             "base_model": self.base_model,
             "quantization": self.quantization,
             "notes": self.notes,
+            "versions": self.versions,
             "terms": {
                 name: {
                     **{score: term.score(score) for score in SCORE_OF_METHOD.values()},
@@ -180,7 +183,7 @@ class BiasScores:
                 f"{path} does not hold the scores of a BEFT run ({type(error).__name__}: {error}). "
                 "Use a folder that a BEFT run wrote, or train again."
             ) from error
-        optional = {name: record[name] for name in ("quantization", "notes") if name in record}
+        optional = {name: record[name] for name in ("quantization", "notes", "versions") if name in record}
         return cls(terms=terms, **fields, **optional)
 
 

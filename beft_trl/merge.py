@@ -127,7 +127,7 @@ def merge_adapter(
     adapter, output = Path(adapter), Path(output)
     if output.exists() and any(output.iterdir()):
         raise MergeError(f"The output folder {output} is not empty: nothing was written. Give a new folder.")
-    deltas, trained_on = _read_adapter(adapter)
+    deltas, trained_on = read_adapter(adapter)
     base_folder = _base_folder(base or trained_on)
     config = AutoConfig.from_pretrained(base_folder)
     if getattr(config, "quantization_config", None):
@@ -162,8 +162,12 @@ def merge_adapter(
     return report
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The deltas by module path, shape (n,), fp32, and the name of the base model."""
+def read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Reads the deltas of an adapter's folder, by module path, shape (n,), fp32, and the name of its base model.
+
+    Raises:
+        MergeError: where the folder holds no BEFT adapter, or a damaged one.
+    """
     if not (folder / "adapter_config.json").is_file():
         raise MergeError(f"{folder} holds no adapter_config.json: give the folder that a BEFT run wrote.")
     try:

@@ -4,8 +4,9 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
+import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
@@ -38,17 +39,54 @@ class BeftScriptArguments(ScriptArguments):
     )
 
 
-def parse_recipe(
-    argv: Sequence[str] | None = None,
-) -> tuple[BeftScriptArguments, BeftSFTConfig, ModelConfig, DatasetMixtureConfig]:
+class RecipeParser(TrlParser):
+    """TRL's parser, which holds the values of a recipe against the types of their fields and raises its errors."""
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        for action in self._actions:
+            value = values.get(action.dest)
+            if isinstance(value, (list, dict)) and action.nargs is None and action.type in (int, float):
+                self.error(f"{action.dest}: {value!r} is not of type {action.type.__name__}")
+        # argparse converts and checks no default but text.
+        text = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in values.items()}
+        return super().set_defaults_with_config(**text)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"The settings cannot be read: {message}. Nothing was run; `--help` lists every setting.")
+
+
+class Recipe(NamedTuple):
+    """A recipe as it was read."""
+
+    script: BeftScriptArguments
+    training: BeftSFTConfig
+    model: ModelConfig
+    dataset: DatasetMixtureConfig
+
+    @property
+    def base_model(self) -> str:
+        """Name or path of the base model."""
+        return str(self.model.model_name_or_path)
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(str(self.training.output_dir))
+
+
+def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """Reads `--config RECIPE.yaml` and the overrides behind it with TRL's own parser.
 
     Raises:
-        ValueError: for a key that no field has, with the nearest one that exists.
+        OSError, ValueError: for a file that is missing or not YAML, values of a wrong type, and keys that no field
+            has, with the nearest one that exists.
     """
     dataclasses: Any = (BeftScriptArguments, BeftSFTConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(dataclasses)
-    *arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    parser = RecipeParser(dataclasses)
+    try:
+        *arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe is not YAML: {error}. Nothing was run.") from error
     if unknown:
         fields = [action.dest for action in parser._actions]
         keys = [text.lstrip("-").split("=")[0] for text in unknown if text.startswith("--")] or unknown
@@ -72,7 +110,7 @@ def parse_recipe(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    return script_args, training_args, model_args, dataset_args
+    return Recipe(script_args, training_args, model_args, dataset_args)
 
 
 def load_rows(

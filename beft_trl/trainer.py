@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import ParallelMode
 from trl import SFTTrainer
-from trl.data_utils import is_conversational
 
 from . import report
 from .checkpoints import check_writable, last_complete_checkpoint, mark_complete, refuse_other_engine
 from .config import BeftConfigMixin, BeftSFTConfig
 from .engines import engine_of, refuse_cell
 from .importance import SCORE_OF_METHOD, BiasScores, rank
+from .labels import check_columns, drop_masked
 from .layout import TERMS, BiasSite, build_skeleton, find_bias_sites, sites_of_term
 from .scoring import ScoringProbe, ScoringProgress, judge_dead, layers_left_out, score_terms
 from .tuner import (
@@ -89,6 +90,7 @@ class BeftTrainerMixin:
     args: Any
     bias_scores: BiasScores | None = None
     selected_bias_term: str | None = None
+    _verdict: list[str] | None = None  # on dead keys, once their gradients were seen
     _heat_map: bytes | None = None
 
     def __init__(self, model: str | PreTrainedModel, args: Any, *others: Any, **kwargs: Any):
@@ -97,7 +99,7 @@ class BeftTrainerMixin:
         if isinstance(model, str):
             init = args.model_init_kwargs or {}
             quantization = kwargs.get("quantization_config") or init.get("quantization_config")
-            refuse_cell(args, quantization, init.get("dtype"))
+            refuse_cell(engine_of(args), args, quantization, init.get("dtype"))
         sites = find_bias_sites(_skeleton(model, args) if isinstance(model, str) else model)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
         candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
@@ -139,21 +141,30 @@ class BeftTrainerMixin:
         elif self.bias_scores is None:
             self._refuse_foreign_output()
             term = self._trained_term() or self.args.bias_term
-            self._select(self._score() if term == "auto" else self._unscored(term))
+            self._select(self.score() if term == "auto" else self._unscored(term))
         output = super().train(checkpoint, *others, **kwargs)
         check_moved(gather_deltas(self.model, self._sites))
         return output
 
-    def _score(self) -> BiasScores:
-        steps = self._score_steps()
+    def score(self, score_steps: int | None = None) -> BiasScores:
+        """Runs the scoring pass alone, and leaves the model, the data order and the random state as they were.
+
+        Args:
+            score_steps: optimizer steps. Default: that of the configuration.
+
+        Raises:
+            ValueError: for steps beyond the run, or an anchor that says nothing of the model.
+        """
+        steps = self._score_steps(score_steps or self.args.score_steps)
         self._score_anchor()  # an anchor that cannot serve is refused before the first step
         terms = [term for term in TERMS if any(site.term == term for site in self._sites)]
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with closing(ScoringProgress(terms, 2 * steps, disable=quiet)) as progress:
             with ScoringProbe(self.model, self._sites, self.accelerator) as probe:
                 untouched = self._train_aside(steps, 0.0, probe, progress)
-            notes = judge_dead(self._all_sites, probe.gradients, precision=self._precision())
-            self._keep([site for site in self._sites if site.dead is None])
+            if self._verdict is None:
+                self._verdict = judge_dead(self._all_sites, probe.gradients, precision=self._precision())
+                self._keep([site for site in self._sites if site.dead is None])
             moved = self._train_aside(steps, self.args.score_learning_rate, progress)
         if any(values.any() for values in untouched.values()) or not any(values.any() for values in moved.values()):
             raise RuntimeError(
@@ -173,7 +184,8 @@ class BeftTrainerMixin:
             base_model=self._base_model_name(),
             quantization=self._quantization(),
             terms=scored,
-            notes=[*layers_left_out(self._all_sites), *notes],
+            notes=[*layers_left_out(self._all_sites), *self._verdict],
+            versions=_versions(),
         )
 
     def _trained_term(self) -> str | None:
@@ -200,6 +212,7 @@ class BeftTrainerMixin:
             quantization=self._quantization(),
             terms=score_terms(self._all_sites, {}, {}, {}),
             notes=layers_left_out(self._all_sites),
+            versions=_versions(),
         )
 
     def _select(self, scores: BiasScores) -> None:
@@ -264,10 +277,12 @@ class BeftTrainerMixin:
                 self.accelerator.free_memory()
                 gc.collect()
 
-    def _score_steps(self) -> int:
+    def _run_steps(self) -> int:
         with _random_state_kept():
-            run_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        asked = self.args.score_steps
+            return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _score_steps(self, asked: int | None) -> int:
+        run_steps = self._run_steps()
         if asked is not None and asked > run_steps:
             raise ValueError(
                 f"score_steps={asked} is more than the {run_steps} optimizer steps of this run. Give at most "
@@ -414,13 +429,14 @@ class BeftTrainerMixin:
         folder = Path(self.args.output_dir)
         last = last_complete_checkpoint(folder)
         for found in (folder, Path(last)) if last else (folder,):
-            if (found / SCORES_FILE).is_file():
+            trained = any(found.glob("adapter_model.*"))
+            if trained and (found / SCORES_FILE).is_file():
                 recorded = BiasScores.from_json(found / SCORES_FILE)
                 same_term = self.args.bias_term in ("auto", recorded.selected)
                 if recorded.base_model == self._base_model_name() and same_term:
                     continue
                 other = f"the {recorded.selected} bias of {recorded.base_model or 'an unnamed model'}"
-            elif any(found.glob("adapter_model.*")) or any(found.glob("model*.safetensors")):
+            elif trained or any(found.glob("model*.safetensors")):
                 other = "a model that no BEFT run wrote"
             else:
                 continue
@@ -463,30 +479,14 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = BeftSFTConfig(f"{Path(name or 'model').name}-BEFT")
-        _check_rows(train_dataset, args, kwargs.get("formatting_func"))
+        check_columns(train_dataset, args, kwargs.get("formatting_func"))
         super().__init__(model, args, data_collator, train_dataset, *others, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if isinstance(prepared, IterableDataset):
             return prepared
-        rows = prepared if packing else dataset
-        # TRL drops rows without a supervised token where it truncates, and keeps them where it does not.
-        if packing or args.max_length is None:
-            prepared = prepared.filter(lambda row: any(label != -100 for label in row["labels"]))
-        dropped = len(rows) - len(prepared)
-        remedy = "Check prompt and completion, completion_only_loss and assistant_only_loss, or raise max_length."
-        if not len(prepared):
-            raise ValueError(
-                f"None of the {len(rows)} rows of the {dataset_name} dataset has a token to learn from within "
-                f"max_length={args.max_length}: all their labels are masked. {remedy}"
-            )
-        if dropped:
-            logger.warning(
-                f"Dropped {dropped} of {len(rows)} rows of the {dataset_name} dataset, whose labels are all masked "
-                f"within max_length={args.max_length}. {remedy}"
-            )
-        return prepared
+        return drop_masked(prepared, dataset, dataset_name, args.max_length, packing)
 
 
 class _LogScores(TrainerCallback):
@@ -507,6 +507,10 @@ class _LogScores(TrainerCallback):
             for score in SCORE_OF_METHOD.values() if term.layers else ():
                 values[f"beft/{score}/{name}"] = term.score(score)
         self.trainer.log(values)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("beft_trl", "peft", "torch", "transformers", "trl")}
 
 
 def _refuse_arguments(model: Any, args: Any, kwargs: dict) -> None:
@@ -562,31 +566,3 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _check_rows(dataset: Any, args: BeftSFTConfig, formatting_func: Callable | None) -> None:
-    """Raises ValueError for a dataset without rows, or with columns that TRL would not understand."""
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        return  # TRL says which types it takes
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError(
-            "train_dataset is empty: there is nothing to score or train on. Check the file and the split."
-        )
-    dataset_kwargs: Any = args.dataset_kwargs or {}
-    skips = dataset_kwargs.get("skip_prepare_dataset", False)
-    if formatting_func is not None or skips or "image" in row or "images" in row:
-        return
-    explained = (
-        "input_ids" in row
-        or args.dataset_text_field in row
-        or {"prompt", "completion"} <= set(row)
-        or "conversations" in row
-        or ("messages" in row and is_conversational(row))
-    )
-    if not explained:
-        raise ValueError(
-            f"The columns of train_dataset explain no format: found {', '.join(row)}. Needed: "
-            f"'{args.dataset_text_field}' (plain text), 'messages' (conversations), 'prompt' and 'completion', "
-            "'input_ids' (tokenized), or a formatting_func."
-        )

@@ -1,0 +1,53 @@
+"""What an adapter's folder holds, for `beft info`."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from . import report
+from .importance import BiasScores
+from .merge import read_adapter
+
+
+def adapter_report(folder: Path) -> Iterator[Any]:
+    """Base, term, layers, norm of each delta, scores and versions, as tables and paragraphs for a terminal.
+
+    Args:
+        folder: of an adapter that this package or plain PEFT wrote, or a checkpoint.
+
+    Raises:
+        ValueError: where it holds no BEFT adapter, or a damaged one.
+    """
+    deltas, base = read_adapter(folder)
+    scores = BiasScores.from_json(folder / "beft_scores.json") if (folder / "beft_scores.json").is_file() else None
+    table = Table("layer", "module", "size", "norm", "largest", title=f"Deltas of {escape(str(folder))}")
+    for path in sorted(deltas, key=_by_layer):
+        delta = deltas[path]
+        # Of a fused matrix, the terms that are not trained are zero.
+        table.add_row(
+            str(_by_layer(path)[0]), path, f"{int(delta.count_nonzero()):,}", f"{delta.norm():.3e}",
+            f"{delta.abs().max():.3e}",
+        )  # fmt: skip
+    yield table
+    term = f"the {scores.selected} bias" if scores else "an attention bias (no beft_scores.json says which)"
+    trained = sum(int(delta.count_nonzero()) for delta in deltas.values())
+    yield f"Base: {base or 'not named'}. Trains {term} in {len(deltas)} modules: {trained:,} numbers."
+    still = [path for path, delta in deltas.items() if not delta.any()]
+    if still:
+        yield f"[bold yellow]{len(still)} deltas are zero, as if never trained:[/] {', '.join(still[:3])}"
+    if scores and scores.method is not None:
+        yield report.scores_table(scores, trained, None)
+    versions = dict(scores.versions) if scores else {}
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    versions.setdefault("peft", str(config.get("peft_version", "not recorded")))
+    yield "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
+
+
+def _by_layer(path: str) -> tuple[int, str]:
+    index = re.search(r"\.(\d+)\.", path)
+    return (int(index[1]) if index else 0), path

@@ -1,0 +1,187 @@
+"""A run of a recipe from end to end: data, scores, training, held-out figures, the adapter, what to do next."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import get_quantization_config
+
+from . import report
+from .importance import SCORE_OF_METHOD, BiasScores, rank
+from .layout import TERMS
+from .recipe import Recipe, held_out_rows, load_rows
+from .trainer import HEAT_MAP_FILE, SCORES_FILE, BeftSFTTrainer
+
+
+class Data(NamedTuple):
+    """The rows of a recipe, and the tokenizer that they are for."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset | IterableDataset
+    held_out: Dataset | None
+
+
+def load_data(recipe: Recipe) -> Data:
+    """Loads tokenizer and rows.
+
+    Raises:
+        OSError, ValueError: for what is missing or cannot be read.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        recipe.base_model,
+        revision=recipe.model.model_revision,
+        trust_remote_code=recipe.training.trust_remote_code,
+    )
+    rows = load_rows(recipe.script, recipe.dataset, chat=tokenizer.chat_template is not None)
+    return Data(
+        tokenizer, rows[recipe.script.dataset_train_split], held_out_rows(rows, recipe.script, recipe.training)
+    )
+
+
+def build_trainer(recipe: Recipe, data: Data) -> BeftSFTTrainer:
+    """The trainer of a recipe, with its model loaded and its data prepared."""
+    return BeftSFTTrainer(
+        model=recipe.base_model,
+        args=recipe.training,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=data.tokenizer,
+        quantization_config=get_quantization_config(recipe.model),
+    )
+
+
+def train(recipe: Recipe) -> BeftSFTTrainer:
+    """Trains a recipe, saves the adapter, and prints what came of it and the next commands."""
+    data = load_data(recipe)
+    trainer = build_trainer(recipe, data)
+    say = trainer.accelerator.print
+    held_out = data.held_out
+    questions = held_out.select(range(min(recipe.script.answers, len(held_out)))) if held_out is not None else []
+
+    # DeepSpeed has no engine to evaluate with before training.
+    before = None if trainer.is_deepspeed_enabled else measure(trainer, questions)
+    started = time.monotonic()
+    output = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    scored = time.monotonic() - started - output.metrics["train_runtime"]
+    after = measure(trainer, questions)
+    trainer.save_model()
+
+    assert trainer.bias_scores is not None
+    say(f"Ranking: {' > '.join(trainer.bias_scores.ranking) or 'not scored'}; trained: {trainer.selected_bias_term}")
+    for name in after:
+        say(f"Held-out {name}: {f'{before[name]:.3f} before, ' if before else ''}{after[name]:.3f} after")
+    for row in range(min(3, len(questions))):
+        say(f"  {text_of(questions[row]['prompt'])[-72:]!r}")
+        say(f"    before {before.answers[row]!r}, after {after.answers[row]!r}" if before else after.answers[row])
+    folder = recipe.output_dir
+    if trainer.accelerator.is_main_process:
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        say(f"Adapter: {folder / 'adapter_model.safetensors'}, {size:,} bytes")
+    say(f"Seconds: {scored:.1f} scoring, {output.metrics['train_runtime']:.1f} training")
+    say(next_commands(folder, recipe.base_model))
+    if recipe.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+    # Gloo's threads may still be letting go of the last collective's tensors: a process that exits meanwhile aborts.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return trainer
+
+
+def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | None = None) -> BiasScores:
+    """Runs the scoring pass of a recipe, once for each number of steps, and writes the last one's scores and heat map.
+
+    Args:
+        recipe: with `bias_term="auto"`.
+        steps: optimizer steps of each pass, `None` for those of the recipe.
+        output: folder for `beft_scores.json` and `beft_scores.png`. Default: the recipe's `output_dir`.
+    """
+    trainer = build_trainer(recipe, load_data(recipe))
+    table = Table(
+        "steps", "ranking", "margin", *(f"{term} {SCORE_OF_METHOD[recipe.training.score_method]}" for term in TERMS)
+    )
+    for count in steps:
+        scores = trainer.score(count)
+        values = [scores.terms[term].score(scores.ranked_by) for term in TERMS]
+        table.add_row(
+            str(scores.steps),
+            " > ".join(scores.ranking),
+            "" if scores.margin is None else f"{scores.margin:.3g}",
+            *("" if value is None else f"{value:.2e}" for value in values),
+        )
+    if trainer.accelerator.is_main_process:
+        folder = output or recipe.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = report.heat_map(scores)
+        scores.to_json(folder / SCORES_FILE)
+        (folder / HEAT_MAP_FILE).write_bytes(picture)
+        console = Console()
+        console.print(report.scores_table(scores, *trainer._sizes()))
+        if len(steps) > 1:
+            console.print(table)
+        for method, name in SCORE_OF_METHOD.items():
+            console.print(f"By {name}: {' > '.join(rank(scores.terms, method))}")
+        console.print(f"Wrote {folder / SCORES_FILE} and {folder / HEAT_MAP_FILE}.")
+    return scores
+
+
+def next_commands(folder: Path, base: str) -> str:
+    """What to do with an adapter in `folder`: look, merge, chat, load."""
+    merged = f"{folder}-merged"
+    return (
+        "Next:\n"
+        f"  beft info {folder}\n"
+        f"  beft merge --adapter {folder} --output {merged}\n"
+        f"  transformers chat {merged}\n"
+        f'  python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")'
+    )
+
+
+class Measured(dict[str, float]):
+    """Held-out figures by name, and the answers behind them."""
+
+    answers: list[str]
+
+
+def measure(trainer: BeftSFTTrainer, questions: Any) -> Measured:
+    """Loss on the held-out rows, and the share of questions answered exactly as their completion."""
+    measured = Measured()
+    tokenizer: Any = trainer.processing_class
+    if trainer.eval_dataset is not None:
+        measured["loss"] = trainer.evaluate()["eval_loss"]
+    measured.answers = answer(trainer.model, tokenizer, [row["prompt"] for row in questions])
+    if len(questions):
+        right = [text_of(row["completion"]).strip() for row in questions]
+        measured["accuracy"] = sum(map(str.__eq__, right, measured.answers)) / len(right)
+    return measured
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list, batch_size: int = 16, max_new_tokens: int = 8
+) -> list[str]:
+    """Greedy answers to conversational or plain prompts."""
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        chat = not isinstance(batch[0], str)
+        if chat:
+            batch = [
+                tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in batch
+            ]
+        inputs = tokenizer(
+            batch, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
+        ).to(model.device)
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+        answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
+
+
+def text_of(message: Any) -> str:
+    return message if isinstance(message, str) else message[-1]["content"]
