@@ -45,6 +45,7 @@ class Check:
 
     Attributes:
         problems: why the run cannot start, each with its remedy. Empty where it can.
+        notes: what could not be found out.
         model: name of the base model.
         engine: name of the engine in `engines.ENGINES`.
         precision: name of the base weights' precision in `engines.PRECISIONS`.
@@ -62,6 +63,7 @@ class Check:
     """
 
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     model: str | None = None
     engine: str | None = None
     precision: str | None = None
@@ -168,7 +170,9 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
     given = data.train
     if not isinstance(given, Dataset):
         given = Dataset.from_list(list(islice(given, STREAMED_ROWS)))
-    trainer = _WeightlessTrainer(model, planned, train_dataset=given, processing_class=data.tokenizer)
+    with tempfile.TemporaryDirectory() as planned.output_dir:  # the constructor makes the folder
+        trainer = _WeightlessTrainer(model, planned, train_dataset=given, processing_class=data.tokenizer)
+    planned.output_dir = args.output_dir
     if args.gradient_checkpointing:
         wrapped: Any = trainer.model
         wrapped.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)  # as `train()` does
@@ -184,8 +188,8 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
     with check.noting():
         check.steps = trainer._run_steps()
         check.score_steps = trainer._score_steps(args.score_steps) if args.bias_term == "auto" else 0
-    with check.noting():
-        check.device_memory = _device_memory(args.device, check.processes)
+    check.device_memory = _device_memory(args.device, check.processes)
+    try:
         check.memory = estimate_memory(
             trainer,
             _largest_batch(trainer, args.per_device_train_batch_size),
@@ -194,12 +198,14 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
             processes=check.processes,
             quantization=quantization,
         )
-        if check.device_memory is not None and check.memory.total > check.device_memory:
-            raise ValueError(
-                f"The run needs about {check.memory.total / 2**30:.1f} GiB on each device, which has "
-                f"{check.device_memory / 2**30:.1f} GiB for it. Lower per_device_train_batch_size or max_length, set "
-                "gradient_checkpointing: true or load_in_8bit: true, or split the weights with --launch zero3."
-            )
+    except Exception as error:  # a model whose code asks for values: no reason not to train it
+        check.notes.append(f"The memory was not estimated ({type(error).__name__}: {error}).")
+    if check.memory and check.device_memory and check.memory.total > check.device_memory:
+        check.problems.append(
+            f"The run needs about {check.memory.total / 2**30:.1f} GiB on each device, which has "
+            f"{check.device_memory / 2**30:.1f} GiB for it. Lower per_device_train_batch_size or max_length, set "
+            "gradient_checkpointing: true or load_in_8bit: true, or split the weights with --launch zero3."
+        )
 
 
 def _largest_batch(trainer: BeftSFTTrainer, size: int) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -29,6 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+# What Typer raises for wrong usage, a class of its own copy of click in newer versions.
+USAGE_ERROR: Any = typer.BadParameter.__base__
+# Errors whose text is for the user; any other is a defect, and its traceback is of use.
+EXPLAINED = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 # A recipe's fields come behind it as they do with TRL's scripts: `--learning_rate 1e-3`.
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipePath = Annotated[str, typer.Argument(help="YAML file; its fields can be overridden behind it: --seed 1.")]
@@ -123,7 +127,7 @@ def train(context: typer.Context, recipe: RecipePath, launch: Launch = None) -> 
 @app.command()
 def info(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
     """Tells what an adapter holds: base, term, layers, norm of each delta, scores, versions."""
-    from .report import adapter_report
+    from .info import adapter_report
 
     console = Console(highlight=False)
     for part in adapter_report(folder):
@@ -215,15 +219,13 @@ def main() -> None:
     try:
         # Not standalone, where Ctrl-C would end in 1.
         sys.exit(app(standalone_mode=False) or 0)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-        if "--debug" in sys.argv:
+    except Exception as error:
+        if isinstance(error, USAGE_ERROR):
+            error.show()
+            sys.exit(error.exit_code)
+        if "--debug" in sys.argv or not isinstance(error, EXPLAINED):
             raise
         Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(str(error))}")
         sys.exit(1)

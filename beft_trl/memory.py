@@ -84,7 +84,9 @@ def estimate_memory(
     # Always as on a CPU: on other devices TRL's loss takes shapes from the data. Attention saves no scores on either.
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=autocast):
         _give_fake_tensors(model)
-        batch = {name: torch.empty(values.shape, dtype=values.dtype) for name, values in batch.items()}
+        # Not what packing adds to a batch, on which attention masks depend by value; their shapes do not.
+        names = [name for name in ("input_ids", "attention_mask", "labels") if name in batch]
+        batch = {name: torch.empty(batch[name].shape, dtype=batch[name].dtype) for name in names}
         whole = _peak_of_step(lambda: _loss(trainer, batch))
         inputs = {name: values for name, values in batch.items() if name != "labels"}
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else base

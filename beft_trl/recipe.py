@@ -191,6 +191,8 @@ def _file_format(files: Any) -> str:
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"There is no file {file}. Paths in a recipe are relative to the current folder.")
+        if not Path(file).stat().st_size:
+            raise ValueError(f"{file} is empty: it has no rows to train on or to evaluate.")
         if Path(file).suffix not in FILE_FORMATS:
             raise ValueError(f"{file} is of no known kind: use a file ending in {', '.join(FILE_FORMATS)}.")
         formats.add(FILE_FORMATS[Path(file).suffix])

@@ -66,11 +66,11 @@ def choice(scores: BiasScores, trainable: int, total: int | None) -> str:
     """One paragraph: what is trained, why, and how much of the model it is."""
     sentences = []
     if scores.method is None:
-        sentences.append(f"Training the {scores.selected} bias as asked, without scoring.")
+        sentences.append(f"Selected: the {scores.selected} bias, as asked, without scoring.")
     else:
         by = f"by {scores.ranked_by} after {scores.steps} steps, anchored at {ANCHORS[scores.anchor or 'bias']}"
         margin = f", {scores.margin:.3g} times the second" if scores.margin is not None else ""
-        sentences.append(f"Training the {scores.selected} bias: first {by}{margin}.")
+        sentences.append(f"Selected: the {scores.selected} bias, first {by}{margin}.")
     if total is not None:
         sentences.append(f"{trainable:,} trainable of {total:,} parameters ({trainable / total:.4%}).")
     sentences += [f"The {name} bias is dead: {term.dead}." for name, term in scores.terms.items() if term.dead]
@@ -192,6 +192,7 @@ def check_report(check: "Check") -> Iterator[Any]:
         yield memory_table(check.memory, check.device_memory)
     if check.dry_run:
         yield "Dry run: one scoring step and one training step were done."
+    yield from map(escape, check.notes)
     for problem in check.problems:
         yield f"[bold red]Problem:[/] {escape(problem)}"
     yield "[bold red]The run cannot start.[/]" if check.problems else "[bold green]The run can start.[/]"

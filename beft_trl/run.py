@@ -102,9 +102,7 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
         output: folder for `beft_scores.json` and `beft_scores.png`. Default: the recipe's `output_dir`.
     """
     trainer = build_trainer(recipe, load_data(recipe))
-    table = Table(
-        "steps", "ranking", "margin", *(f"{term} {SCORE_OF_METHOD[recipe.training.score_method]}" for term in TERMS)
-    )
+    table = Table("steps", "ranking", "margin", *TERMS, title=SCORE_OF_METHOD[recipe.training.score_method])
     for count in steps:
         scores = trainer.score(count)
         values = [scores.terms[term].score(scores.ranked_by) for term in TERMS]
@@ -121,7 +119,8 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
         scores.to_json(folder / SCORES_FILE)
         (folder / HEAT_MAP_FILE).write_bytes(picture)
         console = Console()
-        console.print(report.scores_table(scores, *trainer._sizes()))
+        selected = scores.terms[scores.selected].parameters
+        console.print(report.scores_table(scores, selected, None))
         if len(steps) > 1:
             console.print(table)
         for method, name in SCORE_OF_METHOD.items():
@@ -137,7 +136,7 @@ def next_commands(folder: Path, base: str) -> str:
         "Next:\n"
         f"  beft info {folder}\n"
         f"  beft merge --adapter {folder} --output {merged}\n"
-        f"  transformers chat {merged}\n"
+        f"  transformers serve    and, beside it, transformers chat {merged}\n"
         f'  python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")'
     )
 

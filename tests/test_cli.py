@@ -1,20 +1,33 @@
 """The `beft` command through its entry point."""
 
+import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from architectures import build
+from conftest import make_llama, make_opt, make_rows, make_tokenizer
+from safetensors.torch import load_file
 from test_merge import of_term, saved
+from transformers import LlamaConfig
+
+import beft_trl
+from beft_trl.checkpoints import last_complete_checkpoint
 
 
 BEFT = Path(sys.executable).parent / "beft"
 
 
-def beft(*arguments, **options):
-    environment = {**os.environ, "COLUMNS": "200"}
+def beft(*arguments, columns=200, **options):
+    environment = {**os.environ, "COLUMNS": str(columns), "TERMINAL_WIDTH": str(columns)}
     return subprocess.run(
         [BEFT, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, **options
     )
@@ -54,3 +67,204 @@ def test_wrong_usage_is_two_and_help_names_every_option():
     assert run.returncode == 0
     for option in ("--adapter", "--output", "--base", "--output-projection", "--link", "--no-verify"):
         assert option in run.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A tiny Llama with a tokenizer, 48 rows, and a recipe, which the tests override."""
+    folder = tmp_path_factory.mktemp("project")
+    make_llama().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    make_rows(48).to_json(folder / "rows.jsonl")
+    recipe = {
+        "model_name_or_path": str(folder / "base"),
+        "train_file": str(folder / "rows.jsonl"),
+        "score_steps": 2,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "max_length": 64,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "output_dir": str(folder / "out"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def test_check_finds_what_the_run_will_do(project, tmp_path):
+    run = beft("check", project / "recipe.yaml", "--json", "--max_length", "8", "--output_dir", tmp_path / "new")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["problems"] == []
+    assert not (tmp_path / "new").exists()
+
+    model, tokenizer = make_llama(), make_tokenizer()
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    attention = model.model.layers[0].self_attn
+    sizes = {
+        "query": attention.q_proj.out_features,
+        "key": attention.k_proj.out_features,
+        "value": attention.v_proj.out_features,
+    }
+    assert [(site["term"], site["size"]) for site in found["sites"]] == list(sizes.items()) * 2
+    assert found["candidates"] == 2 * sum(sizes.values())
+    assert (found["steps"], found["score_steps"]) == (2 * 48 // 8, 2)
+
+    lengths, prompts = [], []
+    for row in make_rows(48):
+        prompts.append(len(tokenizer(row["prompt"])["input_ids"]))
+        lengths.append(prompts[-1] + len(tokenizer(row["completion"])["input_ids"]) + 1)
+    supervised = [max(0, min(length, 8) - prompt) for length, prompt in zip(lengths, prompts, strict=True)]
+    kept = [min(length, 8) for length, each in zip(lengths, supervised, strict=True) if each]
+    labels = found["labels"]
+    assert labels["truncated"] == sum(length > 8 for length in lengths)
+    assert labels["unsupervised"] == supervised.count(0)
+    assert labels["longest"] == max(kept)
+    assert labels["tokens_per_step"] == pytest.approx(8 * sum(kept) / len(kept))
+    assert labels["supervised_share"] == pytest.approx(sum(supervised) / sum(kept))
+    for row, shown in zip(make_rows(48), labels["shown"], strict=False):
+        assert [counted for _, counted in shown] == [False, True]
+        assert shown[0][0].split() == row["prompt"].split()
+        assert f"{row['completion'].strip()} </s>".startswith(shown[1][0].strip())
+
+    run = beft("check", project / "recipe.yaml")
+    assert "The run can start." in run.stdout and "«" in run.stdout
+    assert "12 optimizer steps, and before them 2 x 2 of scoring, 25.0% of all" in run.stdout
+
+
+def test_check_names_every_problem_at_once(project, tmp_path):
+    make_opt().save_pretrained(tmp_path / "opt")
+    make_tokenizer().save_pretrained(tmp_path / "opt")
+    (tmp_path / "file").write_text("")
+    run = beft(
+        "check", project / "recipe.yaml", "--launch", "zero3", "--load_in_4bit", "--model_name_or_path",
+        tmp_path / "opt", "--bias_term", "key", "--train_file", tmp_path / "absent.jsonl", "--output_dir",
+        tmp_path / "file" / "out",
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stdout.count("Problem:") == 4
+    assert "bnb_4bit_quant_storage" in run.stdout
+    assert "cannot be written" in run.stdout
+    assert "bias_term='key' has no effect on this model" in run.stdout
+    assert "There is no file" in run.stdout
+    assert "The run cannot start." in run.stdout and "Traceback" not in run.stderr
+
+
+def test_check_refuses_a_model_that_does_not_fit_without_its_weights(project, tmp_path):
+    """Llama-2-7B from its configuration alone."""
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    settings = ["--model_name_or_path", tmp_path, "--per_device_train_batch_size", "64", "--packing", "true"]
+    run = beft("check", project / "recipe.yaml", *settings, "--max_length", "64", "--json")
+    found = json.loads(run.stdout)
+    assert found["parameters"] == 6_738_415_616
+    assert found["memory"]["weights"] == pytest.approx(4 * 6_738_415_616, rel=1e-3)
+    fits = found["memory"]["total"] < found["device_memory"]
+    assert run.returncode == (0 if fits else 1)
+    assert fits or "The run needs about" in found["problems"][0]
+
+
+def test_a_dry_run_loads_the_weights_and_leaves_nothing(project, tmp_path):
+    run = beft("check", project / "recipe.yaml", "--dry-run", "--output_dir", tmp_path / "out")
+    assert run.returncode == 0, run.stdout
+    assert "one scoring step and one training step were done" in run.stdout
+    assert not (tmp_path / "out").exists()
+    broken = tmp_path / "broken"
+    shutil.copytree(project / "base", broken)
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    run = beft("check", project / "recipe.yaml", "--dry-run", "--model_name_or_path", broken)
+    assert run.returncode == 1 and "The dry run of one scoring step" in run.stdout
+
+
+def test_train_score_info_and_merge_are_one_way(project, tmp_path):
+    run = beft(
+        "score", project / "recipe.yaml", "--steps", "1,2", "--method", "fisher", "--output", tmp_path / "scores"
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"By importance: \w+ > \w+ > \w+", run.stdout)
+    scores = json.loads((tmp_path / "scores" / "beft_scores.json").read_text())
+    assert (scores["steps"], scores["method"]) == (2, "fisher")
+    assert (tmp_path / "scores" / "beft_scores.png").read_bytes().startswith(b"\x89PNG")
+
+    out = tmp_path / "out"
+    run = beft("train", project / "recipe.yaml", "--output_dir", out)
+    assert run.returncode == 0, run.stderr
+    trained = json.loads((out / "beft_scores.json").read_text())
+    assert trained["terms"] == scores["terms"]  # a pass that came second scores as one that comes first
+    for command in (f"beft info {out}", f"beft merge --adapter {out}", f"transformers chat {out}-merged"):
+        assert command in run.stdout
+
+    run = beft("info", out)
+    assert run.returncode == 0, run.stderr
+    for name, delta in load_file(out / "adapter_model.safetensors").items():
+        module = name.removeprefix("base_model.model.").removesuffix(".beft_bias")
+        assert re.search(rf"{re.escape(module)} .* {delta.norm():.3e} ", run.stdout)
+    assert f"Trains the {trained['selected']} bias in 2 modules" in run.stdout
+    assert f"beft_trl {beft_trl.__version__}" in run.stdout and f"torch {torch.__version__}" in run.stdout
+
+    run = beft("merge", "--adapter", out, "--output", tmp_path / "merged")
+    assert run.returncode == 0, run.stderr
+
+
+def test_train_launches_itself(project, tmp_path):
+    run = beft("train", project / "recipe.yaml", "--launch", "ddp_cpu", "--output_dir", tmp_path / "out")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert run.stdout.count("Ranking: ") == 1
+    run = beft("train", project / "recipe.yaml", "--launch", "zero9")
+    assert run.returncode == 1 and "There is no launch configuration 'zero9'" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "overrides", "message"),
+    [
+        ("train", None, [], "No such file"),
+        ("check", "- a\n- [", [], "The recipe is not YAML"),
+        ("score", "max_steps: many", [], "invalid int value: 'many'"),
+        ("train", "bias_trem: value", [], "bias_trem (did you mean bias_term?)"),
+        ("score", "train_file: empty.jsonl", [], "empty"),
+        ("train", "train_file: columns.jsonl", [], "The columns of train_dataset explain no format: found a, b"),
+        ("score", "output_dir: /dev/null/out", [], "cannot be written"),
+        ("check", "", ["--score_steps", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_bad_recipes_are_one_paragraph(project, tmp_path, command, recipe, overrides, message):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "columns.jsonl").write_text('{"a": "w1", "b": "w2"}\n')
+    if recipe is not None:
+        whole = (project / "recipe.yaml").read_text()
+        kept = [line for line in whole.splitlines() if line.split(":")[0] != recipe.split(":")[0]]
+        (tmp_path / "recipe.yaml").write_text("\n".join([*kept, recipe]))
+    run = beft(command, tmp_path / "recipe.yaml", *overrides, cwd=tmp_path)
+    assert run.returncode == 1
+    said = run.stdout if command == "check" else run.stderr
+    assert message in " ".join(said.split())
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists() and not (project / "out").exists()
+
+
+def test_an_interrupted_run_ends_in_130_and_leaves_no_adapter(project, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--max_steps", "100000", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", out]
+    run = subprocess.Popen(
+        [BEFT, "train", project / "recipe.yaml", *map(str, arguments)], stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while last_complete_checkpoint(out) is None:
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Traceback" not in errors
+    assert not (out / "adapter_model.safetensors").exists()
+    assert last_complete_checkpoint(out) is not None
+
+
+@pytest.mark.parametrize("command", ["check", "score", "train", "info", "merge"])
+def test_help_fits_a_screen(command):
+    run = beft(command, "--help", columns=80)
+    assert run.returncode == 0
+    assert len(run.stdout.splitlines()) <= 24, run.stdout

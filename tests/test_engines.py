@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from beft_trl.engines import ENGINES, PRECISIONS, condition, engine_of, matrix, precision_of, refuse_cell
+from beft_trl.engines import ENGINES, PRECISIONS, condition, engine_of, matrix, precision_of
 
 
 def test_one_process_is_the_single_engine(make_config):
@@ -23,7 +23,7 @@ def test_fsdp_is_refused_with_what_works_instead(make_config):
     config = make_config()
     config.fsdp = "full_shard"
     with pytest.raises(ValueError, match="FSDP is not supported.*zero3.yaml"):
-        refuse_cell(config, None, None)
+        engine_of(config)
 
 
 def test_the_table_has_a_cell_for_every_engine_and_precision():

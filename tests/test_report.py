@@ -40,7 +40,7 @@ def test_the_table_shows_scores_choice_margin_dead_terms_and_share(scores):
 def test_a_given_term_is_not_said_to_be_scored(scores):
     given = BiasScores("query", None, None, 0, "m", {"query": TermScores(96), "value": TermScores(48)})
     text = " ".join(render(given).split())
-    assert "Training the query bias as asked, without scoring." in text and "first by" not in text
+    assert "Selected: the query bias, as asked, without scoring." in text and "first by" not in text
 
 
 def test_the_heat_map_is_a_picture_of_terms_by_layers(scores):
@@ -68,7 +68,7 @@ tags:
 
 The value bias of every attention layer of `facebook/opt-125m`, fine-tuned with BEFT\. The base model is frozen: .*
 
-Training the value bias: first by importance after 5 steps, .* 48 trainable of 9,600 parameters \(0\.5000%\)\. .*
+Selected: the value bias, first by importance after 5 steps, .* 48 trainable of 9,600 parameters \(0\.5000%\)\. .*
 
 \| term \| importance .*
 \| value \| 8\.00e-04 \| 4\.00e-04 \| 2\.00e-04 \| 48 \| trained \|
