@@ -1,9 +1,11 @@
 """The Axolotl plugin: `plugins: [beft_trl.axolotl.BeftPlugin]` and `adapter: beft` in an Axolotl YAML."""
 
 import difflib
+import os
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from pydantic import BaseModel, Field, model_validator
 from torch import nn
@@ -87,7 +89,9 @@ class BeftPlugin(BasePlugin):
     """Trains through Axolotl's own trainer, collators and packing, by the mixin that TRL's trainer has, too."""
 
     def register(self, cfg: dict) -> None:
-        _quantise_for_beft()
+        _load_for_beft()
+        if cfg.get("adapter") == "beft":
+            _join_processes_on_a_cpu(bool(cfg.get("deepspeed")))
 
     def get_input_args(self) -> str:
         return "beft_trl.axolotl.BeftArgs"
@@ -132,6 +136,13 @@ class BeftPlugin(BasePlugin):
         from axolotl.core.trainers import AxolotlTrainer
 
         class BeftAxolotlTrainer(BeftTrainerMixin, AxolotlTrainer):
+            def create_accelerator_and_postprocess(self) -> None:
+                if _launched_on_a_cpu():
+                    self.args.accelerator_config.use_configured_state = (
+                        True  # Axolotl would make it anew, without gloo
+                    )
+                super().create_accelerator_and_postprocess()
+
             def train(self, *args: Any, **kwargs: Any) -> Any:
                 output = super().train(*args, **kwargs)
                 # With scores, heat map and card; Axolotl then saves the adapter once more, from the model itself,
@@ -144,19 +155,22 @@ class BeftPlugin(BasePlugin):
         return BeftAxolotlTrainer
 
 
-def _quantise_for_beft() -> None:
-    """Lets Axolotl's loader quantise for `adapter: beft` as it does for `lora` and `qlora`.
+def _load_for_beft() -> None:
+    """Lets Axolotl's loader do for `adapter: beft` what it does for `lora` and `qlora`, and do it on a CPU, too.
 
     It builds the bitsandbytes configuration for these two names alone and loads in full precision otherwise
-    (axolotl/loaders/model.py, `_set_quantization_config`). This goes when it asks for a capability instead.
+    (axolotl/loaders/model.py, `_set_quantization_config`); and under a launcher it puts the model on the accelerator
+    of its rank, also where there is none. This goes when it asks for a capability and for the device instead.
     """
-    if hasattr(ModelLoader, "_beft_quantises"):
+    if hasattr(ModelLoader, "_knows_beft"):
         return
     original = ModelLoader._set_quantization_config
 
     def set_quantization_config(self: Any) -> None:
         if self.cfg.adapter != "beft":
             return original(self)
+        if self.model_kwargs.get("device_map") and not torch.accelerator.is_available():
+            self.model_kwargs["device_map"] = {"": "cpu"}
         self.cfg.adapter = "qlora" if self.cfg.load_in_4bit else "lora"
         try:
             return original(self)
@@ -164,7 +178,20 @@ def _quantise_for_beft() -> None:
             self.cfg.adapter = "beft"
 
     ModelLoader._set_quantization_config = set_quantization_config
-    ModelLoader._beft_quantises = True
+    ModelLoader._knows_beft = True
+
+
+def _join_processes_on_a_cpu(deepspeed: bool) -> None:
+    """Makes accelerate's state before Axolotl does, which would know neither gloo nor DeepSpeed."""
+    if not _launched_on_a_cpu():
+        return
+    if deepspeed:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(cpu=not deepspeed, backend="gloo")
+
+
+def _launched_on_a_cpu() -> bool:
+    return int(os.environ.get("LOCAL_RANK", -1)) >= 0 and not torch.accelerator.is_available()
 
 
 def _check_quantised(model: nn.Module, bits: int) -> None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ class BeftTrainerMixin:
         model: a loaded model, or its name or path for trainers that load models and take a `peft_config`. A model that
             comes with a BEFT adapter goes on training that.
         args: a training configuration with the fields of [`BeftConfigMixin`].
-        others: whatever the trainer takes, except a `peft_config` or ready-made `optimizers`.
+        kwargs: whatever else the trainer takes, except a `peft_config` or ready-made `optimizers`.
 
     Attributes:
         bias_scores: [`BiasScores`] of the run, from `train()` on.
@@ -93,7 +94,7 @@ class BeftTrainerMixin:
     _verdict: list[str] | None = None  # on dead keys, once their gradients were seen
     _heat_map: bytes | None = None
 
-    def __init__(self, model: str | PreTrainedModel, args: Any, *others: Any, **kwargs: Any):
+    def __init__(self, model: str | PreTrainedModel, args: Any, **kwargs: Any):
         _refuse_arguments(model, args, kwargs)
         check_writable(args.output_dir)
         if isinstance(model, str):
@@ -110,11 +111,14 @@ class BeftTrainerMixin:
         else:
             model = attach_deltas(model, candidates)  # type: ignore[assignment]
         with beft_tuner():
-            super().__init__(model, args, *others, **kwargs)
-        if self.accelerator.num_processes > 1 and self.args.parallel_mode != ParallelMode.DISTRIBUTED:
+            # By name: trainers differ in what comes second.
+            super().__init__(model=model, args=args, **kwargs)
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1
+        if launched != together:
             raise RuntimeError(
-                f"{self.accelerator.num_processes} processes were launched, but they do not form one distributed run: "
-                "each would train by itself. On a CPU set use_cpu=True and ddp_backend='gloo'."
+                f"{launched} processes were launched, but they do not form one distributed run: each would train by "
+                "itself. On a CPU set use_cpu=True and ddp_backend='gloo'."
             )
         self._all_sites = sites
         self._sites = list(candidates)
@@ -473,14 +477,13 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
         args: BeftSFTConfig | None = None,
         data_collator: Callable | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        *others: Any,
         **kwargs: Any,
     ):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = BeftSFTConfig(f"{Path(name or 'model').name}-BEFT")
         check_columns(train_dataset, args, kwargs.get("formatting_func"))
-        super().__init__(model, args, data_collator, train_dataset, *others, **kwargs)
+        super().__init__(model, args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ pytest.importorskip("axolotl")
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes" / "axolotl").glob("*.yaml"))
+LAUNCH_CONFIGS = REPOSITORY / "recipes" / "accelerate_configs"
 AXOLOTL = Path(sys.executable).parent / "axolotl"
 
 
@@ -68,11 +70,11 @@ def settings(world, output, **changes):
     return {key: value for key, value in {**values, **changes}.items() if value is not ...}
 
 
-def axolotl(output, command, *arguments, text=None, **config):
+def axolotl(output, command, *arguments, text=None, launcher=("--launcher", "python"), **config):
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config))
     environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    launcher = [] if command == "merge-beft" else ["--launcher", "python"]
+    launcher = () if command == "merge-beft" else launcher
     return subprocess.run(
         [AXOLOTL, command, output / "config.yaml", *launcher, *arguments],
         capture_output=True,
@@ -147,6 +149,31 @@ def test_a_checkpoint_resumes_to_the_same_bits(world, trained, tmp_path):
         assert torch.equal(delta, whole[name])
 
 
+@pytest.mark.parametrize(
+    "engine", ["zero2", "zero3", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("ddp", "zero1"))]
+)
+def test_two_processes_under_axolotls_launcher_train_as_one(world, trained, tmp_path, engine):
+    changes = {"micro_batch_size": 4}
+    if engine != "ddp":
+        changes["deepspeed"] = str(REPOSITORY / "recipes" / "axolotl" / "deepspeed" / f"{engine}.json")
+    processes = ["--launcher", "accelerate", "--", "--config_file", str(LAUNCH_CONFIGS / "ddp_cpu.yaml")]
+    processes += ["--main_process_port", "0"]
+    run = axolotl(tmp_path, "train", launcher=processes, **settings(world, tmp_path, **changes))
+    assert run.returncode == 0, run.stderr[-3000:]
+    found, expected = (json.loads((folder / "out" / "beft_scores.json").read_text()) for folder in (tmp_path, trained))
+    assert found["ranking"] == expected["ranking"]
+    for term in expected["ranking"]:
+        for score in ("importance", "magnitude", "fisher"):
+            assert found["terms"][term][score] == pytest.approx(expected["terms"][term][score], rel=1e-2)
+    deltas, of_one = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (tmp_path, trained))
+    assert deltas.keys() == of_one.keys()
+    for name, delta in deltas.items():
+        assert delta.dtype == torch.float32
+        torch.testing.assert_close(delta, of_one[name], rtol=0, atol=1e-3)
+    manifest = json.loads((tmp_path / "out" / "checkpoint-6" / "beft_checkpoint.json").read_text())
+    assert (manifest["engine"], manifest["processes"]) == (engine, 2)
+
+
 def test_an_adapter_is_trained_further_under_lora_model_dir(world, trained, tmp_path):
     config = settings(world, tmp_path, lora_model_dir=str(trained / "out"), learning_rate=1e-4)
     run = axolotl(tmp_path, "train", **config)
@@ -195,6 +222,27 @@ def test_merge_and_inference(world, trained, tmp_path):
     run = axolotl(tmp_path, "inference", text="w1 w2 w3\n", **config)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "w1 w2 w3" in run.stdout
+
+
+def test_evaluation_with_the_adapter(world, trained, tmp_path):
+    rows = {"val_set_size": 0.25, "dataset_prepared_path": str(tmp_path / "prepared")}
+    losses = {}
+    for name, changes in {"base": {"adapter": ...}, "adapter": {"lora_model_dir": str(trained / "out")}}.items():
+        if name == "base":
+            changes |= {"plugins": ..., "beft_score_steps": ...}
+        run = axolotl(tmp_path / name, "evaluate", **settings(world, tmp_path / name, **rows, **changes))
+        assert run.returncode == 0, run.stderr[-3000:]
+        losses[name] = float(re.findall(r"eval_loss'?: '?([\d.]+)", run.stdout + run.stderr)[-1])
+    assert losses["adapter"] < losses["base"]
+
+
+def test_the_package_without_the_plugin_never_imports_axolotl():
+    modules = [
+        path.stem for path in (REPOSITORY / "beft_trl").glob("*.py") if path.stem not in ("axolotl", "__init__")
+    ]
+    program = f"import sys; from beft_trl import {', '.join(modules)}; assert 'axolotl' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def validate(config):

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -243,3 +245,17 @@ def test_a_checkpoint_that_is_none(make_trainer, finished, tmp_path):
     (tmp_path / "checkpoint-9").mkdir()
     with pytest.raises(ValueError, match="it has no beft_checkpoint.json"):
         make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_the_plugin_without_axolotl_says_what_to_install():
+    program = "import sys; sys.modules['axolotl'] = None; import beft_trl.axolotl"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ImportError: beft_trl.axolotl needs Axolotl 0.19 or later" in run.stderr
+    assert "pip install -c constraints-axolotl.txt axolotl" in run.stderr
+
+
+def test_processes_that_form_no_run_are_refused(make_config, monkeypatch):
+    config = make_config()  # sets accelerate up, for one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="2 processes were launched, but they do not form one distributed run"):
+        BeftSFTTrainer(make_opt(), config, train_dataset=make_rows(), processing_class=make_tokenizer())

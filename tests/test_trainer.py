@@ -1,16 +1,21 @@
 import json
+import math
 import subprocess
 import sys
+from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_opt, make_rows, make_tokenizer
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
-from beft_trl import BeftSFTTrainer, BeftTrainerMixin, BiasScores, find_bias_sites
+from beft_trl import BeftConfigMixin, BeftSFTTrainer, BeftTrainerMixin, BiasScores, find_bias_sites
 from beft_trl.tuner import delta
 
 
@@ -375,3 +380,36 @@ def test_a_model_with_a_beft_adapter_goes_on_training_it(make_trainer, tmp_path)
     third = make_trainer(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"), bias_term=other)
     with pytest.raises(ValueError, match=f"adapter trains the {first.selected_bias_term} bias"):
         third.train()
+
+
+@dataclass
+class BeftDPOConfig(BeftConfigMixin, DPOConfig):
+    pass
+
+
+class BeftDPOTrainer(BeftTrainerMixin, DPOTrainer):
+    pass
+
+
+def test_preference_training_through_the_mixin(tmp_path):
+    """The reference model is the base without the deltas, so that the first loss is that of equal models, ln 2."""
+    rows = [{**row, "chosen": row["completion"], "rejected": " w50 w51"} for row in make_rows(32)]
+    config = BeftDPOConfig(
+        str(tmp_path), max_steps=24, score_steps=2, per_device_train_batch_size=8, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", learning_rate=3e-2, logging_steps=1, beta=1.0,
+    )  # fmt: skip
+    trainer = BeftDPOTrainer(
+        make_llama(), config, train_dataset=Dataset.from_list(rows).remove_columns("completion"),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert fmean(losses(trainer)[-4:]) < 0.9 * losses(trainer)[0]
+    assert trainer.selected_bias_term == trainer.bias_scores.ranking[0]
+    reloaded = PeftModel.from_pretrained(make_llama(), tmp_path)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with torch.inference_mode():
+        trained = trainer.model.eval()(**batch).logits
+        assert torch.equal(reloaded(**batch).logits, trained)
+        assert not torch.equal(make_llama()(**batch).logits, trained)
