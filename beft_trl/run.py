@@ -101,6 +101,7 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
         steps: optimizer steps of each pass, `None` for those of the recipe.
         output: folder for `beft_scores.json` and `beft_scores.png`. Default: the recipe's `output_dir`.
     """
+    recipe.training.output_dir = str(output or recipe.output_dir)
     trainer = build_trainer(recipe, load_data(recipe))
     table = Table("steps", "ranking", "margin", *TERMS, title=SCORE_OF_METHOD[recipe.training.score_method])
     for count in steps:
@@ -113,11 +114,9 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
             *("" if value is None else f"{value:.2e}" for value in values),
         )
     if trainer.accelerator.is_main_process:
-        folder = output or recipe.output_dir
-        folder.mkdir(parents=True, exist_ok=True)
         picture = report.heat_map(scores)
-        scores.to_json(folder / SCORES_FILE)
-        (folder / HEAT_MAP_FILE).write_bytes(picture)
+        scores.to_json(recipe.output_dir / SCORES_FILE)
+        (recipe.output_dir / HEAT_MAP_FILE).write_bytes(picture)
         console = Console()
         selected = scores.terms[scores.selected].parameters
         console.print(report.scores_table(scores, selected, None))
@@ -125,7 +124,7 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
             console.print(table)
         for method, name in SCORE_OF_METHOD.items():
             console.print(f"By {name}: {' > '.join(rank(scores.terms, method))}")
-        console.print(f"Wrote {folder / SCORES_FILE} and {folder / HEAT_MAP_FILE}.")
+        console.print(f"Wrote {SCORES_FILE} and {HEAT_MAP_FILE} in {recipe.output_dir}.")
     return scores
 
 

@@ -234,7 +234,7 @@ def test_bad_recipes_are_one_paragraph(project, tmp_path, command, recipe, overr
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "columns.jsonl").write_text('{"a": "w1", "b": "w2"}\n')
     if recipe is not None:
-        whole = (project / "recipe.yaml").read_text()
+        whole = (project / "recipe.yaml").read_text().replace(str(project / "out"), "out")
         kept = [line for line in whole.splitlines() if line.split(":")[0] != recipe.split(":")[0]]
         (tmp_path / "recipe.yaml").write_text("\n".join([*kept, recipe]))
     run = beft(command, tmp_path / "recipe.yaml", *overrides, cwd=tmp_path)
@@ -242,7 +242,7 @@ def test_bad_recipes_are_one_paragraph(project, tmp_path, command, recipe, overr
     said = run.stdout if command == "check" else run.stderr
     assert message in " ".join(said.split())
     assert "Traceback" not in run.stderr
-    assert not (tmp_path / "out").exists() and not (project / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_run_ends_in_130_and_leaves_no_adapter(project, tmp_path):

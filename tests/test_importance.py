@@ -106,6 +106,7 @@ def test_json_has_the_documented_keys_and_comes_back_equal(scores, tmp_path):
         "base_model",
         "quantization",
         "notes",
+        "versions",
         "terms",
     }
     assert set(record["terms"]["value"]) == {"importance", "magnitude", "fisher", "dead", "parameters", "layers"}

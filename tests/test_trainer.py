@@ -254,7 +254,7 @@ def test_resume_continues_with_the_recorded_selection_and_does_not_score(make_tr
     expected = tensors(whole.model)
 
     resumed = make_trainer(make_llama(), save_strategy="steps", save_steps=3, max_steps=6)
-    monkeypatch.setattr(BeftTrainerMixin, "_score", lambda self: pytest.fail("scored again"))
+    monkeypatch.setattr(BeftTrainerMixin, "score", lambda self: pytest.fail("scored again"))
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
     assert resumed.selected_bias_term == whole.selected_bias_term
     assert resumed.bias_scores == whole.bias_scores
@@ -396,7 +396,8 @@ def test_preference_training_through_the_mixin(tmp_path):
     rows = [{**row, "chosen": row["completion"], "rejected": " w50 w51"} for row in make_rows(32)]
     config = BeftDPOConfig(
         str(tmp_path), max_steps=24, score_steps=2, per_device_train_batch_size=8, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", learning_rate=3e-2, logging_steps=1, beta=1.0,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", learning_rate=3e-2, logging_steps=1,
+        beta=1.0,
     )  # fmt: skip
     trainer = BeftDPOTrainer(
         make_llama(), config, train_dataset=Dataset.from_list(rows).remove_columns("completion"),
