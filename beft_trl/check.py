@@ -169,9 +169,13 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
         planned._n_gpu = 1
     given = data.train
     if not isinstance(given, Dataset):
+        if args.max_steps <= 0:
+            check.problems.append("A streamed dataset has no length that is known: set max_steps.")
         given = Dataset.from_list(list(islice(given, STREAMED_ROWS)))
     with tempfile.TemporaryDirectory() as planned.output_dir:  # the constructor makes the folder
-        trainer = _WeightlessTrainer(model, planned, train_dataset=given, processing_class=data.tokenizer)
+        trainer = _WeightlessTrainer(
+            model, planned, train_dataset=given, eval_dataset=data.held_out, processing_class=data.tokenizer
+        )
     planned.output_dir = args.output_dir
     if args.gradient_checkpointing:
         wrapped: Any = trainer.model

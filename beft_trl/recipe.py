@@ -15,6 +15,10 @@ from .config import BeftSFTConfig
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 ALPACA_COLUMNS = {"instruction", "output"}
+SETTINGS = (
+    "Nothing was run. Settings are the fields of BeftScriptArguments, BeftSFTConfig, trl.ModelConfig and "
+    "trl.DatasetMixtureConfig."
+)
 
 
 @dataclass
@@ -52,7 +56,7 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**text)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"The settings cannot be read: {message}. Nothing was run; `--help` lists every setting.")
+        raise ValueError(f"The settings cannot be read: {message}. {SETTINGS}")
 
 
 class Recipe(NamedTuple):
@@ -94,7 +98,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         raise ValueError(
             "Unknown settings: "
             + ", ".join(key + (f" (did you mean {near[0]}?)" if near else "") for key, near in suggestions.items())
-            + ". Nothing was run; `--help` lists every setting."
+            + f". {SETTINGS}"
         )
     script_args, training_args, model_args, dataset_args = arguments
     if model_args.model_name_or_path is None:

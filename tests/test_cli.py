@@ -129,7 +129,8 @@ def test_check_finds_what_the_run_will_do(project, tmp_path):
         assert shown[0][0].split() == row["prompt"].split()
         assert f"{row['completion'].strip()} </s>".startswith(shown[1][0].strip())
 
-    run = beft("check", project / "recipe.yaml")
+    evaluated = ["--test_file", project / "rows.jsonl", "--eval_strategy", "epoch"]
+    run = beft("check", project / "recipe.yaml", *evaluated)
     assert "The run can start." in run.stdout and "«" in run.stdout
     assert "12 optimizer steps, and before them 2 x 2 of scoring, 25.0% of all" in run.stdout
 
@@ -206,6 +207,8 @@ def test_train_score_info_and_merge_are_one_way(project, tmp_path):
 
     run = beft("merge", "--adapter", out, "--output", tmp_path / "merged")
     assert run.returncode == 0, run.stderr
+    run = beft("info", tmp_path / "merged")
+    assert run.returncode == 1 and "holds no adapter_config.json" in run.stderr
 
 
 def test_train_launches_itself(project, tmp_path):

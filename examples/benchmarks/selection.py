@@ -1,0 +1,182 @@
+"""Does the score choose the term that training alone proves best?
+
+python examples/benchmarks/selection.py --data-dir DATA      # all cells, appended to results/selection.jsonl
+python examples/benchmarks/selection.py --report             # the tables of what is in the file
+
+A cell is a model, a task and a seed. The oracle trains each term alone, and all together, to the end, and ranks them
+by the loss on the task's test rows. Against it stand the choices of the three scores, from every anchor that the model
+has, after 5, 10 and 20 steps and after a scoring pass as long as the run, which is the paper's procedure. A cell that
+the file holds already is passed over, so that the command can be stopped and started again.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+
+from tasks import Task, load_task
+from transformers import AutoTokenizer
+
+from beft_trl import BeftSFTConfig, BeftSFTTrainer
+
+
+RESULTS = Path(__file__).parent / "results" / "selection.jsonl"
+# Model folders, with what a change of their biases can be measured from.
+MODELS = {
+    "models/opt-small": ["bias", "activation"],
+    "models/SmolLM2-135M-Instruct": ["activation"],
+}
+TASKS = ["sst2-32", "sst2-100", "sst2-300", "alpaca-100", "alpaca-300", "routing-126"]
+SEEDS = [0, 1, 2]
+EPOCHS, BATCH, SCORE_STEPS = 5, 8, (5, 10, 20)
+TERMS = ("query", "key", "value", "all")
+SCORES = ("importance", "magnitude", "fisher")
+
+
+def main(data_dir: Path, models: list[str], tasks: list[str], seeds: list[int], results: Path) -> None:
+    results.parent.mkdir(exist_ok=True)
+    done = {(line["model"], line["task"], line["seed"]) for line in read(results)}
+    for task in tasks:
+        for model in models:
+            for seed in seeds:
+                if (model, task, seed) not in done:
+                    started = time.monotonic()
+                    line = cell(model, load_task(task, data_dir, seed), seed)
+                    line["seconds"] = round(time.monotonic() - started, 1)
+                    with results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                    print(f"{model} {task} {seed}: {line['seconds']} s", flush=True)
+
+
+def cell(model: str, task: Task, seed: int) -> dict:
+    choices = []
+    for anchor in MODELS[model]:
+        with trainer_of(model, task, seed, "auto", score_anchor=anchor) as trainer:
+            run_steps = -(-len(task.train) // BATCH) * EPOCHS
+            for steps in sorted({min(steps, run_steps) for steps in (*SCORE_STEPS, run_steps)}):
+                started = time.monotonic()
+                scores = trainer.score(steps)
+                choices.append(
+                    {
+                        "anchor": anchor,
+                        "steps": steps,
+                        "whole_run": steps == run_steps,
+                        "seconds": round(time.monotonic() - started, 2),
+                        "scores": {
+                            score: {term: scores.terms[term].score(score) for term in scores.ranking}
+                            for score in SCORES
+                        },
+                    }
+                )
+    oracle = {}
+    for term in TERMS:
+        try:
+            with trainer_of(model, task, seed, term) as trainer:
+                started = time.monotonic()
+                trainer.train()
+                seconds = time.monotonic() - started
+                oracle[term] = {"nll": trainer.evaluate()["eval_loss"], "seconds": round(seconds, 2)}
+        except ValueError as error:  # a dead term
+            oracle[term] = {"refused": str(error)}
+    packages = ("beft_trl", "torch", "transformers", "trl", "peft")
+    return {
+        "model": model, "task": task.name, "seed": seed, "choices": choices, "oracle": oracle,
+        "settings": {"epochs": EPOCHS, "batch": BATCH, "learning_rate": BeftSFTConfig.learning_rate},
+        "versions": {name: version(name) for name in packages},
+        "machine": f"{platform.machine()}, {platform.system()}",
+    }  # fmt: skip
+
+
+class trainer_of:
+    """A trainer with a folder that goes when it does."""
+
+    def __init__(self, model: str, task: Task, seed: int, bias_term: str, **settings):
+        self.folder = tempfile.TemporaryDirectory()
+        config = BeftSFTConfig(
+            self.folder.name, bias_term=bias_term, seed=seed, num_train_epochs=EPOCHS, max_length=256,
+            per_device_train_batch_size=BATCH, per_device_eval_batch_size=16, bf16=False, report_to="none",
+            save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+            model_init_kwargs={"dtype": "float32" if "opt" in model else "bfloat16"}, **settings,
+        )  # fmt: skip
+        self.trainer = BeftSFTTrainer(
+            model, config, train_dataset=task.train, eval_dataset=task.test,
+            processing_class=AutoTokenizer.from_pretrained(model),
+        )  # fmt: skip
+
+    def __enter__(self) -> BeftSFTTrainer:
+        return self.trainer
+
+    def __exit__(self, *error) -> None:
+        self.folder.cleanup()
+
+
+def read(results: Path) -> list[dict]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def report(results: Path) -> None:
+    lines = read(results)
+    print("Loss on the test rows of each term trained alone, mean over seeds:\n")
+    print("| model | task | seeds | query | key | value | all |\n|---|---|---:|---:|---:|---:|---:|")
+    cells = defaultdict(list)
+    for line in lines:
+        cells[line["model"], line["task"]].append(line)
+    for (model, task), group in cells.items():
+        values = [
+            "dead"
+            if "nll" not in group[0]["oracle"][term]
+            else f"{fmean(each['oracle'][term]['nll'] for each in group):.4f}"
+            for term in TERMS
+        ]
+        print(f"| {Path(model).name} | {task} | {len(group)} | {' | '.join(values)} |")
+
+    print("\nChoices held against it:\n")
+    print(
+        "| model | anchor | steps | score | best term found | whole order | regret | margin | seconds, of the run's |"
+    )
+    print("|---|---|---:|---|---:|---:|---:|---:|---:|")
+    judged = defaultdict(list)
+    for line in lines:
+        for choice in line["choices"]:
+            for score in SCORES:
+                steps = "run" if choice["whole_run"] else choice["steps"]
+                judged[line["model"], choice["anchor"], steps, score].append(judge(line, choice, score))
+    for (model, anchor, steps, score), all_of in judged.items():
+        first, order, regret, margin, cost = (fmean(column) for column in zip(*all_of, strict=True))
+        print(
+            f"| {Path(model).name} | {anchor} | {steps} | {score} | {first:.0%} of {len(all_of)} | {order:.0%} | "
+            f"{regret:.4f} | {margin:.3g} | {cost:.2f} |"
+        )
+
+
+def judge(line: dict, choice: dict, score: str) -> tuple[float, float, float, float, float]:
+    """Top choice right, whole order right, regret in nats, best score over second, seconds over the training's."""
+    losses = {term: run["nll"] for term, run in line["oracle"].items() if term != "all" and "nll" in run}
+    values = choice["scores"][score]
+    chosen = sorted(values, key=lambda term: -values[term])
+    right = sorted(losses, key=lambda term: losses[term])
+    training = line["oracle"][right[0]]["seconds"]
+    margin = values[chosen[0]] / values[chosen[1]] if values[chosen[1]] else float("inf")
+    regret = losses[chosen[0]] - losses[right[0]]
+    return chosen[0] == right[0], chosen == right, regret, margin, choice["seconds"] / training
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        if arguments.data_dir is None:
+            parser.error("--data-dir is missing")
+        main(arguments.data_dir, arguments.models, arguments.tasks, arguments.seeds, arguments.results)
+    report(arguments.results)

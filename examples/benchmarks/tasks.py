@@ -1,0 +1,102 @@
+"""The low-data tasks of the benchmarks, as prompt-completion rows drawn by seed: SST-2, Alpaca and message routing."""
+
+import csv
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+
+
+# Rows that the pretraining of the small OPT leaves alone: tasks draw from these.
+SST2_ROWS, ALPACA_ROWS = 6_000, 600
+MESSAGES = Path(__file__).parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of a task: to learn from, to choose settings on, and to report on. The three do not overlap.
+
+    `choices` are the completions among which the answer lies, or empty where it is free text.
+    """
+
+    name: str
+    train: Dataset
+    development: Dataset
+    test: Dataset
+    choices: tuple[str, ...] = ()
+
+
+def load_task(name: str, data_dir: Path, seed: int) -> Task:
+    """A task by name, such as `"sst2-100"`, `"alpaca-300"` or `"routing-126"`: kind and number of training rows."""
+    kind, count = name.split("-")
+    return {"sst2": _sst2, "alpaca": _alpaca, "routing": _routing}[kind](name, int(count), data_dir, seed)
+
+
+def pretraining_sst2(data_dir: Path) -> list[str]:
+    return [row["sentence"].strip() for row in _sst2_rows(data_dir)[SST2_ROWS:]]
+
+
+def pretraining_alpaca(data_dir: Path) -> list[dict]:
+    return _alpaca_rows(data_dir)[ALPACA_ROWS:]
+
+
+def alpaca_prompt(row: dict) -> str:
+    return "\n\n".join(filter(None, (row["instruction"], row["input"]))) + "\n\nAnswer:"
+
+
+def _sst2(name: str, count: int, data_dir: Path, seed: int) -> Task:
+    drawn = random.Random(seed).sample(_sst2_rows(data_dir)[:SST2_ROWS], count + 200)
+    with (data_dir / "sst2_validation.tsv").open(encoding="utf-8") as file:
+        test = random.Random(0).sample(list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)), 300)
+    rows = [
+        [
+            {
+                "prompt": f"Review: {row['sentence'].strip()}\nSentiment:",
+                "completion": " positive" if row["label"] == "1" else " negative",
+            }
+            for row in part
+        ]
+        for part in (drawn[:count], drawn[count:], test)
+    ]
+    return Task(name, *map(Dataset.from_list, rows), choices=(" positive", " negative"))
+
+
+def _alpaca(name: str, count: int, data_dir: Path, seed: int) -> Task:
+    held_out = _alpaca_rows(data_dir)[:200]
+    drawn = random.Random(seed).sample(_alpaca_rows(data_dir)[200:ALPACA_ROWS], count + 100)
+    rows = [
+        [{"prompt": alpaca_prompt(row), "completion": " " + row["output"]} for row in part]
+        for part in (drawn[:count], drawn[count:], held_out)
+    ]
+    return Task(name, *map(Dataset.from_list, rows))
+
+
+def _routing(name: str, count: int, data_dir: Path, seed: int) -> Task:
+    def rows(file: str) -> list[dict]:
+        lines = (MESSAGES / file).read_text(encoding="utf-8").splitlines()
+        return [
+            {
+                "prompt": "\n".join(message["content"] for message in row["prompt"]) + "\nTeam:",
+                "completion": f" {row['completion'][-1]['content']}",
+            }
+            for row in map(json.loads, lines)
+        ]
+
+    test, train = rows("support_test.jsonl"), rows("support_train.jsonl")
+    random.Random(seed).shuffle(train)
+    choices = tuple(sorted({row["completion"] for row in train}))
+    parts = train[: count - 26], train[count - 26 : count], test
+    return Task(name, *map(Dataset.from_list, parts), choices=choices)
+
+
+def _sst2_rows(data_dir: Path) -> list[dict]:
+    with (data_dir / "sst2_train.tsv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    random.Random(0).shuffle(rows)  # neighbours are phrases of one sentence
+    return rows
+
+
+def _alpaca_rows(data_dir: Path) -> list[dict]:
+    return json.loads((data_dir / "alpaca_en_demo.json").read_text(encoding="utf-8"))
