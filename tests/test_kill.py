@@ -1,6 +1,6 @@
 """`kill -9` of a run at random moments, half of them inside a save, each followed by a resume.
 
-CI kills a few times; twenty times, about four minutes on two cores: pytest -m matrix tests/test_kill.py
+CI kills twice; twenty times, about four minutes on two cores: pytest -m matrix tests/test_kill.py
 """
 
 import json
@@ -76,7 +76,7 @@ def unfinished(out):
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(3, 90), pytest.param(20, 900, marks=pytest.mark.matrix)], ids=["three", "twenty"]
+    ("kills", "steps"), [(2, 60), pytest.param(20, 900, marks=pytest.mark.matrix)], ids=["two", "twenty"]
 )
 def test_every_resume_continues_and_the_end_is_that_of_a_run_never_killed(tmp_path, kills, steps):
     whole, killed = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
@@ -108,7 +108,7 @@ def test_every_resume_continues_and_the_end_is_that_of_a_run_never_killed(tmp_pa
         last = last_complete_checkpoint(killed)
         last_step = int(Path(last).name.split("-")[1]) if last else -1
         print(f"kill {kill}: resumed at {resumed_at}, last complete {last_step}, unfinished {unfinished(killed)}")
-    assert in_a_save >= kills // 4
+    assert in_a_save >= max(1, kills // 4)
     final = start(killed, steps, resume=True)
     assert final.wait() == 0, final.stderr.read()[-2000:]
 

@@ -15,6 +15,8 @@ import platform
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -92,27 +94,19 @@ def cell(model: str, task: Task, seed: int) -> dict:
     }  # fmt: skip
 
 
-class trainer_of:
-    """A trainer with a folder that goes when it does."""
-
-    def __init__(self, model: str, task: Task, seed: int, bias_term: str, **settings):
-        self.folder = tempfile.TemporaryDirectory()
+@contextmanager
+def trainer_of(model: str, task: Task, seed: int, bias_term: str, **settings) -> Iterator[BeftSFTTrainer]:
+    with tempfile.TemporaryDirectory() as folder:
         config = BeftSFTConfig(
-            self.folder.name, bias_term=bias_term, seed=seed, num_train_epochs=EPOCHS, max_length=256,
+            folder, bias_term=bias_term, seed=seed, num_train_epochs=EPOCHS, max_length=256,
             per_device_train_batch_size=BATCH, per_device_eval_batch_size=16, bf16=False, report_to="none",
             save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32" if "opt" in model else "bfloat16"}, **settings,
         )  # fmt: skip
-        self.trainer = BeftSFTTrainer(
+        yield BeftSFTTrainer(
             model, config, train_dataset=task.train, eval_dataset=task.test,
             processing_class=AutoTokenizer.from_pretrained(model),
         )  # fmt: skip
-
-    def __enter__(self) -> BeftSFTTrainer:
-        return self.trainer
-
-    def __exit__(self, *error) -> None:
-        self.folder.cleanup()
 
 
 def read(results: Path) -> list[dict]:
