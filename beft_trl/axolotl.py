@@ -1,7 +1,9 @@
 """The Axolotl plugin: `plugins: [beft_trl.axolotl.BeftPlugin]` and `adapter: beft` in an Axolotl YAML."""
 
+import atexit
 import difflib
 import os
+import time
 from typing import Any, Literal
 
 import torch
@@ -188,6 +190,8 @@ def _join_processes_on_a_cpu(deepspeed: bool) -> None:
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(cpu=not deepspeed, backend="gloo")
+    # Time for gloo's threads to let go of the last tensors before the interpreter shuts down, see `run.leave`.
+    atexit.register(time.sleep, 0.5)
 
 
 def _launched_on_a_cpu() -> bool:

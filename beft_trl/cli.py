@@ -119,9 +119,10 @@ def train(context: typer.Context, recipe: RecipePath, launch: Launch = None) -> 
         from .launch import launch_command
 
         raise typer.Exit(subprocess.call(launch_command(launch, ["train", recipe, *context.args])))
+    from .run import leave
     from .run import train as run_train
 
-    run_train(_parse(recipe, context.args))
+    leave(run_train(_parse(recipe, context.args)))
 
 
 @app.command()

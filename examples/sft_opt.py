@@ -19,7 +19,7 @@ from accelerate import PartialState
 from make_demo_model import DEMO_MODEL, make_demo_model
 
 from beft_trl.recipe import parse_recipe
-from beft_trl.run import train
+from beft_trl.run import leave, train
 
 
 DEMO_RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -30,4 +30,4 @@ if __name__ == "__main__":
     with PartialState().main_process_first():
         if recipe.model.model_name_or_path == str(DEMO_MODEL) and not DEMO_MODEL.exists():
             make_demo_model()
-    train(recipe)
+    leave(train(recipe))
