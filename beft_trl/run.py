@@ -98,7 +98,7 @@ def leave(trainer: BeftSFTTrainer) -> None:
     """Ends a process that trained with others on a CPU, when everything is written, and returns in any other.
 
     Gloo's threads may still be letting go of the last collective's tensors. One that asks for the interpreter while
-    that shuts down ends the process with SIGABRT, and the launcher calls a finished run failed: about one in a hundred.
+    that shuts down ends the process with SIGABRT, and the launcher calls the run failed: about one in a hundred.
     """
     if trainer.accelerator.num_processes > 1 and trainer.accelerator.device.type == "cpu":
         sys.stdout.flush()
