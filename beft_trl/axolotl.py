@@ -140,9 +140,8 @@ class BeftPlugin(BasePlugin):
         class BeftAxolotlTrainer(BeftTrainerMixin, AxolotlTrainer):
             def create_accelerator_and_postprocess(self) -> None:
                 if _launched_on_a_cpu():
-                    self.args.accelerator_config.use_configured_state = (
-                        True  # Axolotl would make it anew, without gloo
-                    )
+                    # Axolotl would make it anew, without gloo.
+                    self.args.accelerator_config.use_configured_state = True
                 super().create_accelerator_and_postprocess()
 
             def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,6 @@ import psutil
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig
 from trl import SFTTrainer, get_quantization_config
 
 from .checkpoints import check_writable
@@ -21,11 +20,11 @@ from .config import BeftSFTConfig
 from .engines import engine_of, precision_of, refuse_cell
 from .labels import LabelAudit, audit_labels, check_columns, untruncated
 from .launch import launch_command, launched_engine
-from .layout import BiasSites, build_skeleton, find_bias_sites, sites_of_term
+from .layout import BiasSites, find_bias_sites, sites_of_term
 from .memory import MemoryEstimate, estimate_memory
 from .recipe import Recipe, parse_recipe
 from .run import Data, load_data
-from .trainer import BeftSFTTrainer
+from .trainer import BeftSFTTrainer, skeleton_of
 
 
 STREAMED_ROWS = 256
@@ -224,17 +223,12 @@ def _largest_batch(trainer: BeftSFTTrainer, size: int) -> dict[str, torch.Tensor
 
 def _skeleton(recipe: Recipe, under_deepspeed: bool) -> nn.Module:
     args: BeftSFTConfig = recipe.training
-    config = AutoConfig.from_pretrained(
-        recipe.base_model,
-        revision=recipe.model.model_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    skeleton: Any = skeleton_of(recipe.base_model, args)
     dtype: Any = (args.model_init_kwargs or {}).get("dtype") or "float32"
     if dtype == "auto":
-        dtype = config.dtype or "float32"
+        dtype = skeleton.config.dtype or "float32"
     if under_deepspeed and args.bf16:
         dtype = "bfloat16"  # DeepSpeed puts the weights in the precision of its own configuration
-    skeleton = build_skeleton(config, bool(args.trust_remote_code))
     return skeleton.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 

@@ -1,8 +1,7 @@
 """How much memory a training step takes, found by running it on tensors without data."""
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -115,11 +114,12 @@ def _loss(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _weight_bytes(base: nn.Module, quantization: Any) -> int:
-    quantised = {id(layer.weight) for layer in _quantised_layers(base, quantization)}
+    layers = _quantised_layers(base, quantization)
+    quantised = {id(layer.weight) for layer in layers}
     tensors: list[Any] = [*base.parameters(), *base.buffers()]
     sizes = {id(each): each.numel() * each.element_size() for each in tensors}
     plain = sum(size for key, size in sizes.items() if key not in quantised)
-    return plain + sum(_quantised_bytes(layer, quantization) for layer in _quantised_layers(base, quantization))
+    return plain + sum(_quantised_bytes(layer, quantization) for layer in layers)
 
 
 def _quantised_layers(base: Any, quantization: Any) -> list[Any]:
@@ -165,7 +165,7 @@ def _give_fake_tensors(model: nn.Module) -> None:
 
 
 def _peak_of_step(loss: Any) -> int:
-    with _allocations() as allocations:
+    with _Allocations() as allocations:
         loss().backward()
     return allocations.peak
 
@@ -193,9 +193,3 @@ class _Allocations(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.now -= size
-
-
-@contextmanager
-def _allocations() -> Iterator[_Allocations]:
-    with _Allocations() as allocations:
-        yield allocations

@@ -101,7 +101,7 @@ class BeftTrainerMixin:
             init = args.model_init_kwargs or {}
             quantization = kwargs.get("quantization_config") or init.get("quantization_config")
             refuse_cell(engine_of(args), args, quantization, init.get("dtype"))
-        sites = find_bias_sites(_skeleton(model, args) if isinstance(model, str) else model)
+        sites = find_bias_sites(skeleton_of(model, args) if isinstance(model, str) else model)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
         candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
         if isinstance(model, str):
@@ -539,7 +539,7 @@ def _refuse_arguments(model: Any, args: Any, kwargs: dict) -> None:
         )
 
 
-def _skeleton(name: str, args: TrainingArguments) -> nn.Module:
+def skeleton_of(name: str, args: TrainingArguments) -> nn.Module:
     """The model of that name without weights, to find its biases, and refuse it, before anything is loaded."""
     init = getattr(args, "model_init_kwargs", None) or {}
     trust = init.get("trust_remote_code", getattr(args, "trust_remote_code", False))
