@@ -5,61 +5,51 @@ python examples/benchmarks/selection.py --report             # the tables of wha
 
 A cell is a model, a task and a seed. The oracle trains each term alone, and all together, to the end, and ranks them
 by the loss on the task's test rows. Against it stand the choices of the three scores, from every anchor that the model
-has, after 5, 10 and 20 steps and after a scoring pass as long as the run, which is the paper's procedure. A cell that
-the file holds already is passed over, so that the command can be stopped and started again.
+has, after 2, 5, 10 and 20 steps and after a scoring pass as long as the run, which is the paper's procedure. A cell
+that the file holds already is passed over, so that the command can be stopped and started again.
 """
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
-from tasks import Task, load_task
+import records
+from tasks import FULL_MODELS, MODELS, QUICK_MODEL, QUICK_TASK, Task, load_task
 from transformers import AutoTokenizer
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer
 
 
-RESULTS = Path(__file__).parent / "results" / "selection.jsonl"
-# Model folders, with what a change of their biases can be measured from.
-MODELS = {
-    "models/opt-small": ["bias", "activation"],
-    "models/SmolLM2-135M-Instruct": ["activation"],
-}
 TASKS = ["sst2-32", "sst2-100", "sst2-300", "alpaca-100", "alpaca-300", "routing-126"]
 SEEDS = [0, 1, 2]
-EPOCHS, BATCH, SCORE_STEPS = 5, 8, (5, 10, 20)
+BATCH, SCORE_STEPS = 8, (2, 5, 10, 20)
 TERMS = ("query", "key", "value", "all")
 SCORES = ("importance", "magnitude", "fisher")
 
 
-def main(data_dir: Path, models: list[str], tasks: list[str], seeds: list[int], results: Path) -> None:
-    results.parent.mkdir(exist_ok=True)
-    done = {(line["model"], line["task"], line["seed"]) for line in read(results)}
-    for task in tasks:
-        for model in models:
-            for seed in seeds:
+def main(arguments: argparse.Namespace) -> None:
+    done = {(line["model"], line["task"], line["seed"]) for line in records.read(arguments.results)}
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            for model in arguments.models:
                 if (model, task, seed) not in done:
                     started = time.monotonic()
-                    line = cell(model, load_task(task, data_dir, seed), seed)
+                    line = cell(model, load_task(task, arguments.data_dir, seed), seed, arguments.epochs)
                     line["seconds"] = round(time.monotonic() - started, 1)
-                    with results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
+                    records.append(arguments.results, line)
                     print(f"{model} {task} {seed}: {line['seconds']} s", flush=True)
 
 
-def cell(model: str, task: Task, seed: int) -> dict:
+def cell(model: str, task: Task, seed: int, epochs: int) -> dict:
     choices = []
-    for anchor in MODELS[model]:
-        with trainer_of(model, task, seed, "auto", score_anchor=anchor) as trainer:
-            run_steps = -(-len(task.train) // BATCH) * EPOCHS
+    for anchor in MODELS[model].anchors:
+        with trainer_of(model, task, seed, epochs, "auto", score_anchor=anchor) as trainer:
+            run_steps = -(-len(task.train) // BATCH) * epochs
             for steps in sorted({min(steps, run_steps) for steps in (*SCORE_STEPS, run_steps)}):
                 started = time.monotonic()
                 scores = trainer.score(steps)
@@ -78,30 +68,27 @@ def cell(model: str, task: Task, seed: int) -> dict:
     oracle = {}
     for term in TERMS:
         try:
-            with trainer_of(model, task, seed, term) as trainer:
+            with trainer_of(model, task, seed, epochs, term) as trainer:
                 started = time.monotonic()
                 trainer.train()
                 seconds = time.monotonic() - started
                 oracle[term] = {"nll": trainer.evaluate()["eval_loss"], "seconds": round(seconds, 2)}
         except ValueError as error:  # a dead term
             oracle[term] = {"refused": str(error)}
-    packages = ("beft_trl", "torch", "transformers", "trl", "peft")
     return {
         "model": model, "task": task.name, "seed": seed, "choices": choices, "oracle": oracle,
-        "settings": {"epochs": EPOCHS, "batch": BATCH, "learning_rate": BeftSFTConfig.learning_rate},
-        "versions": {name: version(name) for name in packages},
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "settings": {"epochs": epochs, "batch": BATCH, "learning_rate": BeftSFTConfig.learning_rate},
     }  # fmt: skip
 
 
 @contextmanager
-def trainer_of(model: str, task: Task, seed: int, bias_term: str, **settings) -> Iterator[BeftSFTTrainer]:
+def trainer_of(model: str, task: Task, seed: int, epochs: int, bias_term: str, **settings) -> Iterator[BeftSFTTrainer]:
     with tempfile.TemporaryDirectory() as folder:
         config = BeftSFTConfig(
-            folder, bias_term=bias_term, seed=seed, num_train_epochs=EPOCHS, max_length=256,
+            folder, bias_term=bias_term, seed=seed, num_train_epochs=epochs, max_length=128,
             per_device_train_batch_size=BATCH, per_device_eval_batch_size=16, bf16=False, report_to="none",
             save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "float32" if "opt" in model else "bfloat16"}, **settings,
+            model_init_kwargs={"dtype": MODELS[model].dtype}, **settings,
         )  # fmt: skip
         yield BeftSFTTrainer(
             model, config, train_dataset=task.train, eval_dataset=task.test,
@@ -109,12 +96,8 @@ def trainer_of(model: str, task: Task, seed: int, bias_term: str, **settings) ->
         )  # fmt: skip
 
 
-def read(results: Path) -> list[dict]:
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-
-
 def report(results: Path) -> None:
-    lines = read(results)
+    lines = records.read(results)
     print("Loss on the test rows of each term trained alone, mean over seeds:\n")
     print("| model | task | seeds | query | key | value | all |\n|---|---|---:|---:|---:|---:|---:|")
     cells = defaultdict(list)
@@ -163,14 +146,17 @@ def judge(line: dict, choice: dict, score: str) -> tuple[float, float, float, fl
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=FULL_MODELS)
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=records.RESULTS / "selection.jsonl")
     parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
-    arguments = parser.parse_args()
-    if not arguments.report:
-        if arguments.data_dir is None:
-            parser.error("--data-dir is missing")
-        main(arguments.data_dir, arguments.models, arguments.tasks, arguments.seeds, arguments.results)
-    report(arguments.results)
+    parser.add_argument("--quick", action="store_true", help="a small task on models/opt-quick, to see that it works")
+    parsed = parser.parse_args()
+    if parsed.quick:
+        parsed.models, parsed.tasks, parsed.seeds = [QUICK_MODEL], [QUICK_TASK], [0]
+        parsed.epochs = 1
+    if not parsed.report:
+        main(parsed)
+    report(parsed.results)

@@ -1,4 +1,4 @@
-"""The low-data tasks of the benchmarks, as prompt-completion rows drawn by seed: SST-2, Alpaca and message routing."""
+"""The benchmarks' models, and their low-data tasks as prompt-completion rows drawn by seed: SST-2, Alpaca, routing."""
 
 import csv
 import json
@@ -8,6 +8,22 @@ from pathlib import Path
 
 from datasets import Dataset
 
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder's dtype, and what a change of its biases can be measured from."""
+
+    dtype: str
+    anchors: tuple[str, ...]
+
+
+FULL_MODELS = ["models/opt-small", "models/SmolLM2-135M-Instruct"]
+QUICK_MODEL, QUICK_TASK = "models/opt-quick", "routing-46"
+MODELS = {
+    "models/opt-small": Model("float32", ("bias", "activation")),
+    "models/SmolLM2-135M-Instruct": Model("bfloat16", ("activation",)),
+    QUICK_MODEL: Model("float32", ("bias", "activation")),
+}
 
 # Rows that the pretraining of the small OPT leaves alone: tasks draw from these.
 SST2_ROWS, ALPACA_ROWS = 6_000, 600
@@ -28,14 +44,14 @@ class Task:
     choices: tuple[str, ...] = ()
 
 
-def load_task(name: str, data_dir: Path, seed: int) -> Task:
+def load_task(name: str, data_dir: Path | None, seed: int) -> Task:
     """A task by name, such as `"sst2-100"`, `"alpaca-300"` or `"routing-126"`: kind and number of training rows."""
     kind, count = name.split("-")
     return {"sst2": _sst2, "alpaca": _alpaca, "routing": _routing}[kind](name, int(count), data_dir, seed)
 
 
-def pretraining_sst2(data_dir: Path) -> list[str]:
-    return [row["sentence"].strip() for row in _sst2_rows(data_dir)[SST2_ROWS:]]
+def pretraining_sst2(data_dir: Path) -> list[tuple[str, str]]:
+    return [(row["sentence"].strip(), row["label"]) for row in _sst2_rows(data_dir)[SST2_ROWS:]]
 
 
 def pretraining_alpaca(data_dir: Path) -> list[dict]:

@@ -1,0 +1,254 @@
+"""Step time, peak memory and checkpoints of BEFT beside its floor, PEFT's BEFT, LoRA and full fine-tuning.
+
+python examples/benchmarks/cost.py             # all shapes, appended to results/cost.jsonl
+python examples/benchmarks/cost.py --report    # the tables of what is in the file
+
+Rows are random tokens, of which the last quarter counts for the loss: time and memory do not depend on their values.
+Each run is a process of its own, the arms take turns, and the tables give ratios, since seconds on a shared machine
+say little. The arms run in `trl.SFTTrainer`, but for two: `floor` and `bare loop` are loops over the batches with the
+model's own loss, of a frozen forward and backward pass and of PEFT's BEFT.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import records
+import torch
+from datasets import Dataset
+from peft import BeftConfig, LoraConfig, get_peft_model
+from tasks import FULL_MODELS, MODELS, QUICK_MODEL
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from beft_trl import BeftSFTConfig, BeftSFTTrainer
+
+
+ADAPTERS = {
+    "PEFT BEFT": lambda: BeftConfig(target_modules=["v_proj"]),
+    "LoRA r=8, q and v": lambda: LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+    "LoRA r=16, all linear": lambda: LoraConfig(r=16, target_modules="all-linear"),
+}
+BARE = ("floor", "bare loop")
+ARMS = ("floor", "bare loop", "PEFT BEFT", "BEFT", "BEFT all", "LoRA r=8, q and v", "LoRA r=16, all linear", "full")
+# How time and memory grow is shown for fewer arms.
+QUICK_ARMS = ("floor", "PEFT BEFT", "BEFT", "BEFT all")
+GROWING = ("PEFT BEFT", "BEFT", "LoRA r=8, q and v", "full")
+BATCH, LENGTH = 4, 128
+DEPTH = {"models/opt-small": 6, "models/SmolLM2-135M-Instruct": 30, QUICK_MODEL: 2}
+WARMING_UP = 3  # steps
+DEFAULT_SCORE_STEPS = 5  # of a run of 50 steps or more; these are shorter
+
+
+def first_shape(model: str) -> dict:
+    return {"batch": BATCH, "length": LENGTH, "layers": DEPTH[model]}
+
+
+def shapes(model: str) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """Arms and shapes: the first is compared in full, the others in how the arms grow."""
+    first = first_shape(model)
+    yield ARMS, first
+    for change in ({"batch": BATCH // 2}, {"batch": BATCH * 2}, {"length": LENGTH // 2}, {"length": LENGTH * 2}):
+        yield GROWING, first | change
+    yield GROWING, first | {"layers": DEPTH[model] // 2}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    done = {key(line) for line in records.read(arguments.results)}
+    for model in arguments.models:
+        chosen = [(QUICK_ARMS, first_shape(model))] if arguments.quick else shapes(model)
+        for arms, shape in chosen:
+            for turn, arm in itertools.product(range(arguments.turns), arms):
+                cell = {"model": model, "arm": arm, **shape, "turn": turn}
+                if key(cell) in done:
+                    continue
+                asked = json.dumps({**cell, "steps": arguments.steps})
+                run = subprocess.run([sys.executable, __file__, "--cell", asked], capture_output=True, text=True)
+                if run.returncode:
+                    raise SystemExit(run.stderr)
+                line = cell | json.loads(run.stdout.splitlines()[-1])
+                records.append(arguments.results, line)
+                print(*key(line), f"{median(line['step_seconds']):.3f} s a step", flush=True)
+
+
+def key(line: dict) -> tuple:
+    return tuple(line[name] for name in ("model", "arm", "batch", "length", "layers", "turn"))
+
+
+def measure(cell: dict) -> dict:
+    set_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(
+        cell["model"], num_hidden_layers=cell["layers"], dtype=MODELS[cell["model"]].dtype
+    )
+    rows = random_rows(cell, model.config.vocab_size)
+    measured = measure_loop(cell, model, rows) if cell["arm"] in BARE else measure_trainer(cell, model, rows)
+    measured["step_seconds"] = measured["step_seconds"][WARMING_UP:]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else records.largest_process_bytes()
+    return {**measured, "peak_bytes": peak}
+
+
+def random_rows(cell: dict, vocabulary: int) -> Dataset:
+    ids = torch.randint(3, vocabulary, (cell["batch"] * cell["steps"], cell["length"]))
+    labels = ids.clone()
+    labels[:, : -cell["length"] // 4] = -100
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+
+
+def measure_loop(cell: dict, model, rows: Dataset) -> dict:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cell["arm"] == "floor":
+        # The gradient of the first layer's input passes through every layer, and no weight has one.
+        model = model.to(device).train().requires_grad_(False)
+        model.enable_input_require_grads()
+        optimizer = None
+    else:
+        model = get_peft_model(model.to(device), ADAPTERS["PEFT BEFT"]()).train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    collate, watch = DataCollatorForLanguageModeling(pad_token_id=0), Stopwatch()
+    watch.on_train_begin()
+    for start in range(0, len(rows), cell["batch"]):
+        batch = collate([rows[index] for index in range(start, start + cell["batch"])])
+        model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss.backward()
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        watch.on_step_end()
+    return {"step_seconds": watch.steps}
+
+
+def measure_trainer(cell: dict, model, rows: Dataset) -> dict:
+    watch, arm = Stopwatch(), cell["arm"]
+    with tempfile.TemporaryDirectory() as folder:
+        config = {
+            "output_dir": folder, "max_steps": cell["steps"], "per_device_train_batch_size": cell["batch"],
+            "learning_rate": 1e-4, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
+            "save_strategy": "steps", "save_steps": cell["steps"], "logging_strategy": "no", "disable_tqdm": True,
+            "max_length": None,
+        }  # fmt: skip
+        data = {
+            "train_dataset": rows,
+            "processing_class": AutoTokenizer.from_pretrained(cell["model"]),
+            "callbacks": [watch],
+        }
+        if arm.startswith("BEFT"):
+            term = "all" if arm == "BEFT all" else "auto"
+            score_steps = min(DEFAULT_SCORE_STEPS, cell["steps"])
+            trainer = BeftSFTTrainer(model, BeftSFTConfig(bias_term=term, score_steps=score_steps, **config), **data)
+        else:
+            adapter = ADAPTERS[arm]() if arm in ADAPTERS else None
+            trainer = SFTTrainer(model, SFTConfig(**config), peft_config=adapter, **data)
+        started, measured = now(), {}
+        trainer.train()
+        if arm == "BEFT":
+            measured["scoring_seconds"] = watch.begun - started
+            measured["scoring_steps"] = trainer.bias_scores.steps
+        checkpoint = Path(folder, f"checkpoint-{cell['steps']}")
+        measured["checkpoint_bytes"] = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    return {**measured, "step_seconds": watch.steps, "checkpoint_seconds": watch.saving}
+
+
+class Stopwatch(TrainerCallback):
+    def __init__(self):
+        self.steps, self.begun, self.last, self.saving = [], None, None, None
+
+    def on_train_begin(self, *args, **kwargs):
+        # The scoring pass calls no callback of the user's, so it lies before this.
+        self.begun = self.last = now()
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps.append(now() - self.last)
+        self.last += self.steps[-1]
+
+    def on_save(self, *args, **kwargs):
+        self.saving = now() - self.last
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def report(results: Path) -> None:
+    runs = defaultdict(lambda: defaultdict(list))
+    for line in records.read(results):
+        runs[line["model"], line["batch"], line["length"], line["layers"]][line["arm"]].append(line)
+    for model in dict.fromkeys(shape[0] for shape in runs):
+        first = (model, *first_shape(model).values())
+        report_arms(model, runs[first])
+        report_scoring(runs[first])
+        others = {shape[1:]: arms for shape, arms in runs.items() if shape[0] == model and shape != first}
+        if others:
+            report_growth(runs[first], others)
+
+
+def seconds(lines: list[dict]) -> float:
+    return median(step for line in lines for step in line["step_seconds"])
+
+
+def peak(lines: list[dict]) -> float:
+    return median(line["peak_bytes"] for line in lines)
+
+
+def report_arms(model: str, arms: dict[str, list[dict]]) -> None:
+    print(f"\n{Path(model).name}, {BATCH} x {LENGTH} tokens:\n")
+    print("| arm | seconds a step | of floor | of PEFT BEFT | peak GiB | checkpoint bytes | seconds to save |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for arm, lines in arms.items():
+        step = seconds(lines)
+        of = " | ".join(f"{step / seconds(arms[other]):.3f}" for other in ("floor", "PEFT BEFT"))
+        saving = " | "
+        if "checkpoint_bytes" in lines[0]:
+            saving = f"{lines[0]['checkpoint_bytes']:,} | {median(line['checkpoint_seconds'] for line in lines):.2f}"
+        print(f"| {arm} | {step:.3f} | {of} | {peak(lines) / 2**30:.2f} | {saving} |")
+
+
+def report_scoring(arms: dict[str, list[dict]]) -> None:
+    scoring = median(line["scoring_seconds"] for line in arms["BEFT"])
+    print(f"\nThe scoring pass takes {scoring:.2f} s for {arms['BEFT'][0]['scoring_steps']} steps:\n")
+    print("| run | share of it | the paper's run of all biases, times the scoring pass |\n|---:|---:|---:|")
+    for steps in (100, 1000):
+        share, times = scoring / (steps * seconds(arms["BEFT"])), steps * seconds(arms["BEFT all"]) / scoring
+        print(f"| {steps} steps | {share:.1%} | {times:.0f} |")
+
+
+def report_growth(first: dict[str, list[dict]], others: dict[tuple, dict[str, list[dict]]]) -> None:
+    print("\nSeconds a step and peak memory, relative to the same arm above:\n")
+    print(f"| batch x length, layers | {' | '.join(GROWING)} |\n|---|{'---:|' * len(GROWING)}")
+    for (batch, length, layers), arms in others.items():
+        ratios = (
+            f"{seconds(arms[arm]) / seconds(first[arm]):.2f}, {peak(arms[arm]) / peak(first[arm]):.2f}"
+            for arm in GROWING
+        )
+        print(f"| {batch} x {length}, {layers} | {' | '.join(ratios)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=FULL_MODELS)
+    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=records.RESULTS / "cost.jsonl")
+    parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
+    parser.add_argument("--quick", action="store_true", help="one shape of models/opt-quick, to see that it works")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)  # one run, in this process
+    parsed = parser.parse_args()
+    if parsed.cell:
+        print(json.dumps(measure(json.loads(parsed.cell))))
+        sys.exit()
+    if parsed.quick:
+        parsed.models, parsed.steps, parsed.turns = [QUICK_MODEL], 5, 1
+    if not parsed.report:
+        main(parsed)
+    report(parsed.results)
