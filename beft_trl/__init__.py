@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .config import BeftConfigMixin, BeftSFTConfig
+    from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
     from .importance import BiasScores
     from .layout import BiasSite, BiasSites, UnsupportedLayoutError, find_bias_sites
     from .merge import MergeError, MergeReport, merge_adapter
-    from .trainer import BeftSFTTrainer, BeftTrainerMixin
+    from .trainer import BeftSFTTrainer, BeftTrainer, BeftTrainerMixin
     from .tuner import load_adapter
 
 
@@ -20,7 +20,9 @@ _MODULE_OF = {
     "BeftConfigMixin": "config",
     "BeftSFTConfig": "config",
     "BeftSFTTrainer": "trainer",
+    "BeftTrainer": "trainer",
     "BeftTrainerMixin": "trainer",
+    "BeftTrainingArguments": "config",
     "BiasScores": "importance",
     "BiasSite": "layout",
     "BiasSites": "layout",

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
+from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -120,3 +121,20 @@ class BeftSFTConfig(BeftConfigMixin, SFTConfig):
         if self.bf16 is None and not self.fp16:
             self.bf16 = self.use_cpu or is_torch_bf16_gpu_available()
         super().__post_init__()
+
+
+@dataclass
+class BeftTrainingArguments(BeftConfigMixin, TrainingArguments):
+    """`transformers.TrainingArguments` with the BEFT settings of [`BeftConfigMixin`], for task models of encoders.
+
+    Args:
+        learning_rate: 1e-3, as in the paper: it is the rate of the task's new head, too.
+        modules_to_save: names of modules to train and save whole beside the head of the task, such as `["pooler"]` of
+            BERT, in PEFT's words.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate for AdamW."})
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules to train and save whole, beside the bias and the head of the task."},
+    )

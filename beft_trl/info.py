@@ -23,7 +23,8 @@ def adapter_report(folder: Path) -> Iterator[Any]:
     Raises:
         ValueError: where it holds no BEFT adapter, or a damaged one.
     """
-    deltas, base = read_adapter(folder)
+    content = read_adapter(folder)
+    deltas = content.deltas
     scores = BiasScores.from_json(folder / "beft_scores.json") if (folder / "beft_scores.json").is_file() else None
     table = Table("layer", "module", "size", "norm", "largest", title=f"Deltas of {escape(str(folder))}")
     for path in sorted(deltas, key=_by_layer):
@@ -36,7 +37,10 @@ def adapter_report(folder: Path) -> Iterator[Any]:
     yield table
     term = f"the {scores.selected} bias" if scores else "an attention bias (no beft_scores.json says which)"
     trained = sum(int(delta.count_nonzero()) for delta in deltas.values())
-    yield f"Base: {base or 'not named'}. Trains {term} in {len(deltas)} modules: {trained:,} numbers."
+    yield f"Base: {content.base_model or 'not named'}. Trains {term} in {len(deltas)} modules: {trained:,} numbers."
+    if content.saved_whole:
+        size = sum(values.numel() for values in content.saved_whole.values())
+        yield f"Trained whole beside it, {size:,} numbers: {', '.join(sorted(content.saved_whole))}."
     still = [path for path, delta in deltas.items() if not delta.any()]
     if still:
         yield f"[bold yellow]{len(still)} deltas are zero, as if never trained:[/] {', '.join(still[:3])}"

@@ -77,7 +77,7 @@ class MergeReport:
     """
 
     output: str
-    rule: str
+    rule: str = ""
     changed: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
     base_hashes: dict[str, str] = field(default_factory=dict)
@@ -127,8 +127,15 @@ def merge_adapter(
     adapter, output = Path(adapter), Path(output)
     if output.exists() and any(output.iterdir()):
         raise MergeError(f"The output folder {output} is not empty: nothing was written. Give a new folder.")
-    deltas, trained_on = read_adapter(adapter)
-    base_folder = _base_folder(base or trained_on)
+    content = read_adapter(adapter)
+    base_folder = _base_folder(base or content.base_model)
+    report = MergeReport(str(output))
+    if content.saved_whole:
+        with _whole_or_nothing(output) as partial:
+            _copy_files(base_folder, partial, adapter)
+            _merge_task_model(content, adapter, base_folder, partial, report)
+            _write_card(partial, adapter, base_folder, report)
+        return report
     config = AutoConfig.from_pretrained(base_folder)
     if getattr(config, "quantization_config", None):
         raise MergeError(
@@ -137,33 +144,54 @@ def merge_adapter(
         )
     skeleton = build_skeleton(config)
     sites = find_bias_sites(skeleton)
-    _check_fit(deltas, skeleton, adapter)
+    _check_fit(content.deltas, skeleton, adapter)
     checkpoint = _Checkpoint(base_folder, skeleton)
-    plan = _plan(deltas, config, skeleton, sites, checkpoint, output_projection)
+    plan = _plan(content.deltas, config, skeleton, sites, checkpoint, output_projection)
 
-    report = MergeReport(str(output), plan.rule)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, beside the output and without a config until the end: whatever stops the merge leaves no checkpoint.
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
+    report.rule = plan.rule
+    with _whole_or_nothing(output) as partial:
         _write_weights(plan, checkpoint, partial, report, link)
         _copy_files(base_folder, partial, adapter)
         if verify:
             _verify(adapter, base_folder, partial, plan.config, report)
         _write_card(partial, adapter, base_folder, report)
         plan.config.save_pretrained(partial)
+    return report
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` at the end. Hidden, beside it: whatever stops the merge leaves no checkpoint."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
         if output.exists():
             output.rmdir()
         partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return report
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Reads the deltas of an adapter's folder, by module path, shape (n,), fp32, and the name of its base model.
+@dataclass
+class AdapterContent:
+    """What an adapter's folder holds.
+
+    Attributes:
+        deltas: fp32, shape (n,), by the path of their module.
+        saved_whole: tensors of modules that were trained whole, such as a task's head, by name.
+        base_model: name or path of the base model, where the adapter says it.
+    """
+
+    deltas: dict[str, Tensor]
+    saved_whole: dict[str, Tensor]
+    base_model: str | None
+
+
+def read_adapter(folder: Path) -> AdapterContent:
+    """Reads the folder of an adapter.
 
     Raises:
         MergeError: where the folder holds no BEFT adapter, or a damaged one.
@@ -178,17 +206,23 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], str | None]:
         raise MergeError(
             f"The adapter in {folder} cannot be read ({error}): it is damaged or incomplete. Take another checkpoint."
         ) from error
-    foreign = [name for name in tensors if not (name.startswith(PREFIX) and name.endswith(SUFFIX))]
-    if kind != "BEFT" or foreign or not tensors:
+    saved = [f".{module}." for module in config.get("modules_to_save") or ()]
+    deltas, saved_whole, foreign = {}, {}, []
+    for name, tensor in tensors.items():
+        path = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and name.endswith(SUFFIX):
+            deltas[path.removesuffix(SUFFIX)] = tensor.float().flatten()
+        elif any(module in f".{path}" for module in saved):
+            saved_whole[path] = tensor
+        else:
+            foreign.append(name)
+    if kind != "BEFT" or foreign or not deltas:
         found = f"its type is {kind}" if kind != "BEFT" else f"it holds {', '.join(foreign[:2]) or 'no tensor'}"
         raise MergeError(f"{folder} is no BEFT adapter: {found}. Merge others with PEFT's own merge_and_unload.")
-    deltas = {name[len(PREFIX) : -len(SUFFIX)]: tensor.float().flatten() for name, tensor in tensors.items()}
-    broken = next((path for path, delta in deltas.items() if not delta.isfinite().all()), None)
+    broken = next((path for path, values in (deltas | saved_whole).items() if not values.isfinite().all()), None)
     if broken:
-        raise MergeError(
-            f"The delta of {broken} in {folder} is not finite: the run broke. Take an earlier checkpoint."
-        )
-    return deltas, config.get("base_model_name_or_path")
+        raise MergeError(f"{broken} in {folder} is not finite: the run broke. Take an earlier checkpoint.")
+    return AdapterContent(deltas, saved_whole, config.get("base_model_name_or_path"))
 
 
 def _base_folder(base: str | Path | None) -> Path:
@@ -459,6 +493,44 @@ def _copy_files(base: Path, partial: Path, adapter: Path) -> None:
                 shutil.copyfile(path, partial / path.name)
 
 
+def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partial: Path, report: MergeReport) -> None:
+    """Merges an adapter with a task's head, in memory: the encoders that have one are small."""
+    if not (adapter / CONFIG_NAME).is_file():
+        raise MergeError(
+            f"{adapter} holds {next(iter(content.saved_whole))} of a task model, and not the configuration of that "
+            f"model. Write it there: model.config.save_pretrained({str(adapter)!r})."
+        )
+    config = AutoConfig.from_pretrained(adapter)
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    if architecture is None:
+        raise MergeError(f"{adapter / CONFIG_NAME} names no architecture of Transformers: {config.architectures}.")
+    merged = architecture.from_pretrained(base, config=config, dtype=config.dtype or "auto")
+    _check_fit(content.deltas, merged, adapter)
+    bias_free = [path for path in content.deltas if merged.get_submodule(path).bias is None]
+    if bias_free:
+        raise MergeError(
+            f"{type(merged).__name__} has no bias where this adapter needs one ({bias_free[0]} first). Keep the "
+            "adapter: PEFT applies it as it is."
+        )
+    from .tuner import load_adapter  # and with it PEFT
+
+    prompt = _prompt(partial, config)
+    expected = _logits(load_adapter(copy.deepcopy(merged), str(adapter)), prompt)
+    with torch.no_grad():
+        for path, delta in content.deltas.items():
+            merged.get_submodule(path).bias.add_(delta)
+    unknown = merged.load_state_dict(content.saved_whole, strict=False).unexpected_keys
+    if unknown:
+        raise MergeError(f"{adapter} and the base do not match: {type(merged).__name__} has no {unknown[0]}.")
+    merged.save_pretrained(partial)
+    report.rule = "The deltas are added to the model's own biases, and the head that was trained is put in."
+    report.changed = sorted(f"{path}.bias" for path in content.deltas)
+    report.added = sorted(content.saved_whole)
+    report.base_hashes = {file.name: _hash(file) for file in sorted(base.glob("*.safetensors"))}
+    report.difference = _difference(_logits(architecture.from_pretrained(partial, dtype="auto"), prompt), expected)
+    _refuse_difference(report.difference, merged.dtype)
+
+
 def _verify(adapter: Path, base: Path, partial: Path, config: PreTrainedConfig, report: MergeReport) -> None:
     architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
     merged, info = architecture.from_pretrained(partial, config=config, dtype="auto", output_loading_info=True)
@@ -477,17 +549,21 @@ def _verify(adapter: Path, base: Path, partial: Path, config: PreTrainedConfig, 
     whole = getattr(transformers, (original.architectures or ["AutoModelForCausalLM"])[0])
     expected = _logits(load_adapter(whole.from_pretrained(base, dtype="auto"), str(adapter)), prompt)
     report.difference = _difference(found, expected)
-    if not report.difference <= TOLERANCE[dtype]:
-        raise MergeError(
-            f"The merged model's logits differ from those of base plus adapter by {report.difference:.1e} of the "
-            f"largest, and rounding in {dtype} explains {TOLERANCE[dtype]:.0e}. The output was removed: keep the "
-            "adapter, and report this model."
-        )
+    _refuse_difference(report.difference, dtype)
     scores = adapter / "beft_scores.json"
     quantization = BiasScores.from_json(scores).quantization if scores.is_file() else None
     if quantization is not None:
         quantized = whole.from_pretrained(base, quantization_config=BitsAndBytesConfig(**quantization))
         report.quantized_difference = _difference(found, _logits(load_adapter(quantized, str(adapter)), prompt))
+
+
+def _refuse_difference(difference: float, dtype: torch.dtype) -> None:
+    if not difference <= TOLERANCE[dtype]:
+        raise MergeError(
+            f"The merged model's logits differ from those of base plus adapter by {difference:.1e} of the largest, "
+            f"and rounding in {dtype} explains {TOLERANCE[dtype]:.0e}. The output was removed: keep the adapter, and "
+            "report this model."
+        )
 
 
 def _prompt(folder: Path, config: PreTrainedConfig) -> Tensor:
@@ -501,7 +577,8 @@ def _prompt(folder: Path, config: PreTrainedConfig) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: nn.Module, prompt: Tensor) -> Tensor:
-    return model.eval()(input_ids=prompt.to(next(model.parameters()).device)).logits.float().cpu()
+    """The model's first output: logits, of tokens or classes, or the starts of answers."""
+    return model.eval()(input_ids=prompt.to(next(model.parameters()).device))[0].float().cpu()
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

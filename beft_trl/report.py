@@ -25,6 +25,12 @@ ANCHORS = {
     "bias": "the model's own bias",
     "activation": "the mean output of its projection over the tokens of the scoring batches",
 }
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
 PAPER = {
     "title": "BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes",
     "id": "2509.15974",
@@ -116,23 +122,31 @@ def model_card(
     tags: list[str] | None = None,
     auto_class: str = "AutoModelForCausalLM",
     plain_peft: bool = True,
+    saved_whole: Sequence[str] = (),
 ) -> ModelCard:
-    """The README of an adapter: what was trained and why, and how to load it, with PEFT alone where `plain_peft`."""
+    """The README of an adapter: what was trained and why, and how to load it, with PEFT alone where `plain_peft`.
+
+    Args:
+        saved_whole: names of the modules that were trained whole, such as a task's head.
+    """
     base = scores.base_model or "BASE_MODEL"
     # The hub takes names of its own models only: a local path would fail its validation.
     on_hub = bool(scores.base_model) and not Path(scores.base_model).exists() and scores.base_model.count("/") <= 1
     data = ModelCardData(
         base_model=scores.base_model if on_hub else None,
         library_name="peft",
-        pipeline_tag="text-generation" if auto_class == "AutoModelForCausalLM" else None,
+        pipeline_tag=PIPELINES.get(auto_class),
         datasets=dataset_name,
         tags=sorted({"beft", *(tags or [])}),
     )
+    holds = " and ".join(["the change of the bias", *(f"the trained `{name}`" for name in saved_whole)])
+    # The labels of a task stand in the configuration beside the adapter, and not in the base model's own.
+    config = ', config=AutoConfig.from_pretrained("PATH_OF_THIS_FOLDER")' if saved_whole else ""
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {model_name or 'BEFT adapter'}",
         f"The {scores.selected} bias of every attention layer of `{base}`, fine-tuned with BEFT. The base model is "
-        "frozen: this folder holds nothing but the change of the bias, in fp32.",
+        f"frozen: this folder holds nothing but {holds}, in fp32.",
         choice(scores, trainable, total),
     ]
     if scores.method is not None:
@@ -146,8 +160,8 @@ def model_card(
             "itself: `load_adapter` of [beft_trl](https://pypi.org/project/beft-trl/) puts it there.\n\n"
         )
         + f"```python\nfrom {'peft import PeftModel' if plain_peft else 'beft_trl import load_adapter'}\n"
-        f"from transformers import {auto_class}, AutoTokenizer\n\n"
-        f'model = {auto_class}.from_pretrained("{base}")\n'
+        f"from transformers import {'AutoConfig, ' if saved_whole else ''}{auto_class}, AutoTokenizer\n\n"
+        f'model = {auto_class}.from_pretrained("{base}"{config})\n'
         f'model = {"PeftModel.from_pretrained" if plain_peft else "load_adapter"}(model, "PATH_OF_THIS_FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         "```",

@@ -23,7 +23,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     DefaultFlowCallback,
+    PreTrainedConfig,
     PreTrainedModel,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainingArguments,
@@ -36,13 +38,15 @@ from trl import SFTTrainer
 
 from . import report
 from .checkpoints import check_writable, last_complete_checkpoint, mark_complete, refuse_other_engine
-from .config import BeftConfigMixin, BeftSFTConfig
+from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
 from .engines import engine_of, refuse_cell
 from .importance import SCORE_OF_METHOD, BiasScores, rank
 from .labels import check_columns, drop_masked
 from .layout import TERMS, BiasSite, build_skeleton, find_bias_sites, sites_of_term
 from .scoring import ScoringProbe, ScoringProgress, judge_dead, layers_left_out, score_terms
 from .tuner import (
+    ADAPTER_NAME,
+    TASK_MODELS,
     adapter_state_dict,
     adopt_deltas,
     attach_deltas,
@@ -53,10 +57,13 @@ from .tuner import (
     deltas_as_state_dict,
     deltas_to_fp32,
     gather_deltas,
+    gather_saved_whole,
     keep_4bit_trainable,
     keep_deltas,
     native_biases,
+    parameters_saved_whole,
     projection,
+    restore_saved_whole,
     zero_deltas,
 )
 
@@ -109,7 +116,8 @@ class BeftTrainerMixin:
         elif isinstance(model, PeftModel):
             candidates = adopt_deltas(model, sites)
         else:
-            model = attach_deltas(model, candidates)  # type: ignore[assignment]
+            saved_whole = getattr(args, "modules_to_save", None) or ()
+            model = attach_deltas(model, candidates, saved_whole)  # type: ignore[assignment]
         with beft_tuner():
             # By name: trainers differ in what comes second.
             super().__init__(model=model, args=args, **kwargs)
@@ -146,8 +154,10 @@ class BeftTrainerMixin:
             self._refuse_foreign_output()
             term = self._trained_term() or self.args.bias_term
             self._select(self.score() if term == "auto" else self._unscored(term))
+        head = gather_saved_whole(self.model)
         output = super().train(checkpoint, *others, **kwargs)
-        check_moved(gather_deltas(self.model, self._sites))
+        changes = {name: values - head[name] for name, values in gather_saved_whole(self.model).items()}
+        check_moved(gather_deltas(self.model, self._sites), changes)
         return output
 
     def score(self, score_steps: int | None = None) -> BiasScores:
@@ -235,7 +245,9 @@ class BeftTrainerMixin:
 
     def _sizes(self) -> tuple[int, int]:
         """Trained parameters, without the zero part of fused layers' deltas, and all parameters."""
-        return sum(len(site.rows) for site in self._sites), self.model.get_nb_trainable_parameters()[1]
+        # Under ZeRO-3 a parameter is empty between its uses.
+        whole = [values.numel() or values.ds_numel for values in parameters_saved_whole(self.model).values()]
+        return sum(len(site.rows) for site in self._sites) + sum(whole), self.model.get_nb_trainable_parameters()[1]
 
     def _precision(self) -> str:
         full = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
@@ -246,7 +258,7 @@ class BeftTrainerMixin:
 
         It is no run of the user's: none of its callbacks and trackers are called, nothing is evaluated or saved.
         """
-        before = dict(vars(self))
+        before, head = dict(vars(self)), gather_saved_whole(self.model)
         # TRL fills these dictionaries in place; everything else that the loop changes is bound anew.
         metrics = {name: value for name, value in before.items() if name.endswith("_metrics") and type(value) is dict}
         before.update(copy.deepcopy(metrics))
@@ -272,6 +284,7 @@ class BeftTrainerMixin:
                 # Takes off the engine and the autocast wrapper that `accelerator.prepare` put around the model.
                 self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
                 zero_deltas(self.model, self._sites)
+                restore_saved_whole(self.model, head)
                 vars(self).clear()
                 vars(self).update(before)
                 if plugin is not None:
@@ -342,6 +355,8 @@ class BeftTrainerMixin:
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.bias_scores is not None:
             folder = Path(output_dir or self.args.output_dir)
+            if parameters_saved_whole(self.model):
+                self._task_config().save_pretrained(folder)
             self.bias_scores.to_json(folder / SCORES_FILE)
             if self.bias_scores.method is not None:
                 # Drawn once: every checkpoint takes it along.
@@ -387,6 +402,12 @@ class BeftTrainerMixin:
             tags = [tags] if isinstance(tags, str) else tags
             self._model_card(model_name, dataset_name, tags).save(Path(self.args.output_dir) / "README.md")
 
+    def _task_config(self) -> PreTrainedConfig:
+        """The configuration of the task model, whose labels the base model's own does not have."""
+        config = copy.deepcopy(self.model.config)
+        config.architectures = [type(self.model.get_base_model()).__name__]
+        return config
+
     def _model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
         assert self.bias_scores is not None
         return report.model_card(
@@ -395,6 +416,8 @@ class BeftTrainerMixin:
             model_name=model_name,
             dataset_name=dataset_name,
             tags=[*getattr(self, "_tag_names", []), *(tags or [])],
+            auto_class=_auto_class(self.model.get_base_model()),
+            saved_whole=self.model.peft_config[ADAPTER_NAME].modules_to_save or (),
             plain_peft=not any(isinstance(projection(self.model, site.module), Conv1D) for site in self._sites),
         )
 
@@ -492,6 +515,34 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
         return drop_masked(prepared, dataset, dataset_name, args.max_length, packing)
 
 
+class BeftTrainer(BeftTrainerMixin, Trainer):
+    """`transformers.Trainer` that trains one attention bias term of an encoder, and the head of its task.
+
+    The head of a `...ForSequenceClassification` model (of token classification and question answering too) is trained
+    and saved whole, as PEFT's `modules_to_save`; the scoring pass trains it along and puts it back.
+
+    Takes what `Trainer` takes; see [`BeftTrainerMixin`] for `train()` and the attributes.
+
+    ```python
+    model = AutoModelForSequenceClassification.from_pretrained("google-bert/bert-base-cased", num_labels=2)
+    trainer = BeftTrainer(model, BeftTrainingArguments("out"), train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+    _tag_names = ["beft"]
+
+    def __init__(self, model: PreTrainedModel, args: BeftTrainingArguments | None = None, **kwargs: Any):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"BeftTrainer takes a loaded model, got {model!r}. Load it with the class of its task, such as "
+                "AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)."
+            )
+        args = args or BeftTrainingArguments(f"{Path(model.config.name_or_path or 'model').name}-BEFT")
+        super().__init__(model, args, **kwargs)
+
+
 class _LogScores(TrainerCallback):
     """Sends the scores to the run's trackers, once, when they have been set up."""
 
@@ -510,6 +561,13 @@ class _LogScores(TrainerCallback):
             for score in SCORE_OF_METHOD.values() if term.layers else ():
                 values[f"beft/{score}/{name}"] = term.score(score)
         self.trainer.log(values)
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    """The class that a user loads the base model with."""
+    name = type(model).__name__
+    task = next((ending for ending in TASK_MODELS if name.endswith(ending)), None)
+    return f"AutoModel{task or ('ForCausalLM' if model.can_generate() else '')}"
 
 
 def _versions() -> dict[str, str]:

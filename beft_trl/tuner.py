@@ -17,11 +17,27 @@ from .layout import BiasSite, features
 
 
 ADAPTER_NAME = "default"
+# The part of a parameter's name that PEFT gives to the trained copies of modules_to_save.
+_SAVED_WHOLE = f".modules_to_save.{ADAPTER_NAME}."
+# How the names of task models end in Transformers, and PEFT's word for their task.
+TASK_MODELS = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+}
 
 
-def beft_config(sites: Sequence[BiasSite], task_type: TaskType | None = TaskType.CAUSAL_LM) -> BeftConfig:
-    """The PEFT configuration of an adapter with one delta at each site."""
-    return BeftConfig(target_modules=sorted({site.module for site in sites}), task_type=task_type)
+def beft_config(
+    sites: Sequence[BiasSite],
+    task_type: TaskType | None = TaskType.CAUSAL_LM,
+    modules_to_save: Sequence[str] = (),
+) -> BeftConfig:
+    """The PEFT configuration of an adapter with one delta at each site, and with copies of `modules_to_save`."""
+    return BeftConfig(
+        target_modules=sorted({site.module for site in sites}),
+        task_type=task_type,
+        modules_to_save=list(modules_to_save) or None,
+    )
 
 
 class Conv1DWithDelta(Linear):
@@ -63,11 +79,52 @@ def beft_tuner() -> Iterator[None]:
         BeftModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
 
 
-def attach_deltas(model: nn.Module, sites: Sequence[BiasSite]) -> PeftModel:
-    """Wraps `model` and puts a zero delta at each site. The base weights are frozen."""
-    task_type = TaskType.CAUSAL_LM if getattr(model, "can_generate", lambda: False)() else None
+def attach_deltas(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: Sequence[str] = ()) -> PeftModel:
+    """Wraps `model` and puts a zero delta at each site. The base weights are frozen.
+
+    Args:
+        model: a Transformers model.
+        sites: where the deltas go.
+        modules_to_save: modules to train and save whole, beside the head of a task model, which always is.
+
+    Raises:
+        ValueError: where the model has none of these modules, or has them in 16 bits.
+    """
+    task_type = next((task for ending, task in TASK_MODELS.items() if type(model).__name__.endswith(ending)), None)
+    if task_type is None and getattr(model, "can_generate", lambda: False)():
+        task_type = TaskType.CAUSAL_LM
+    saved = [*_task_head(model, task_type), *modules_to_save]
+    for name in saved:
+        _check_trainable_whole(model, name)
     with beft_tuner():
-        return get_peft_model(model, beft_config(sites, task_type), adapter_name=ADAPTER_NAME)
+        attached = get_peft_model(model, beft_config(sites, task_type, saved), adapter_name=ADAPTER_NAME)
+    if saved:
+        # PEFT's task models add names of heads that other models have.
+        attached.peft_config[ADAPTER_NAME].modules_to_save = saved
+    return attached
+
+
+def _task_head(model: Any, task_type: TaskType | None) -> list[str]:
+    """The children of a task model beside its base model: what its pretraining never saw."""
+    if task_type not in TASK_MODELS.values():
+        return []
+    children = {name: next(child.parameters(), None) for name, child in model.named_children()}
+    return [name for name, first in children.items() if name != model.base_model_prefix and first is not None]
+
+
+def _check_trainable_whole(model: nn.Module, name: str) -> None:
+    found = [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
+    if not found or next(found[0].parameters(), None) is None:
+        raise ValueError(
+            f"modules_to_save names {name!r}, and {type(model).__name__} has no module of that name with parameters. "
+            "Give names of its modules, such as 'pooler'."
+        )
+    dtype = next(found[0].parameters()).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"{name} of {type(model).__name__} is to be trained whole, and is in {dtype}, where small steps are lost "
+            "to rounding. Load the model with dtype=torch.float32, and compute in 16 bits with bf16=True."
+        )
 
 
 def adopt_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[BiasSite]:
@@ -82,7 +139,7 @@ def adopt_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[BiasSite]:
         )
     model.peft_config[ADAPTER_NAME].inference_mode = False
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = ".beft_bias." in name
+        parameter.requires_grad = ".beft_bias." in name or _SAVED_WHOLE in name
     return [site for site in sites if isinstance(_layer(model, site.module), BeftLayer)]
 
 
@@ -162,6 +219,11 @@ def delta(model: PeftModel, site: BiasSite) -> nn.Parameter:
     return _layer(model, site.module).beft_bias[ADAPTER_NAME]
 
 
+def parameters_saved_whole(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The parameters of the task head and of other modules that are trained and saved whole, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if _SAVED_WHOLE in name}
+
+
 def projection(model: PeftModel, module: str) -> Any:
     """The frozen projection at the path `module` of the base model."""
     return _layer(model, module).get_base_layer()
@@ -174,7 +236,8 @@ def gather_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite,
 
 
 def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Tensor]:
-    """What `PeftModel.save_pretrained` takes as `state_dict`: the deltas alone, in fp32, under their full names.
+    """What `PeftModel.save_pretrained` takes as `state_dict`: the deltas and what is saved whole, in fp32, under their
+    full names.
 
     A collective under ZeRO, so every process calls it. The model's own `state_dict()` would hold the frozen base too,
     and 16-bit copies of the deltas under DeepSpeed.
@@ -190,19 +253,19 @@ def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str,
                 f"The delta of {path} has moved outside the rows of the {sites[0].term} bias, whose gradients are cut "
                 f"off there. The optimizer moves parameters that have no gradient: use another optim."
             )
-    return {names[id(delta(model, site))]: vectors[site.module] for site in sites}
+    return {names[id(delta(model, site))]: vectors[site.module] for site in sites} | gather_saved_whole(model)
 
 
 @contextmanager
 def deltas_as_state_dict(model: PeftModel) -> Iterator[None]:
-    """Leaves nothing but the deltas in the model's `state_dict()`.
+    """Leaves nothing but what is trained in the model's `state_dict()`.
 
     DeepSpeed excludes frozen parameters from its checkpoints by their first name: the second name of tied embeddings
     stays in, and so do the statistics of quantised layers.
     """
 
     def keep_deltas_alone(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-        for name in [name for name in state_dict if ".beft_bias." not in name]:
+        for name in [name for name in state_dict if ".beft_bias." not in name and _SAVED_WHOLE not in name]:
             del state_dict[name]
 
     handle = model.register_state_dict_post_hook(keep_deltas_alone)
@@ -222,6 +285,20 @@ def native_biases(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite,
         }
 
 
+def gather_saved_whole(model: PeftModel) -> dict[str, Tensor]:
+    """Full fp32 copies on the CPU of [`parameters_saved_whole`], by name. A collective under ZeRO."""
+    parameters = parameters_saved_whole(model)
+    return dict(zip(parameters, _fp32_values(list(parameters.values())), strict=True))
+
+
+def restore_saved_whole(model: PeftModel, values: dict[str, Tensor]) -> None:
+    """Puts the values of [`gather_saved_whole`] back, in place. A collective under ZeRO-3."""
+    parameters = parameters_saved_whole(model)
+    with torch.no_grad(), _gathered(list(parameters.values()), modifier_rank=0):
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
 def zero_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
     """Puts the deltas back to zero, in place. A collective under ZeRO-3."""
     parameters = list({site.module: delta(model, site) for site in sites}.values())
@@ -230,8 +307,8 @@ def zero_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
             parameter.zero_()
 
 
-def check_moved(deltas: dict[BiasSite, Tensor]) -> None:
-    """Raises RuntimeError where a delta is still exactly zero after training, or not finite."""
+def check_moved(deltas: dict[BiasSite, Tensor], saved_whole: dict[str, Tensor] | None = None) -> None:
+    """Raises RuntimeError where a delta, or a change of what is saved whole, is zero after training or not finite."""
     still = [site for site, values in deltas.items() if not values.any()]
     if still:
         where = ", ".join(f"{site.term} of layer {site.layer}" for site in still[:4]) + (", ..." if still[4:] else "")
@@ -240,11 +317,18 @@ def check_moved(deltas: dict[BiasSite, Tensor]) -> None:
             "there. Check that learning_rate is above zero, that the run has at least one step, and that these layers "
             "take part in the forward pass."
         )
-    broken = [site for site, values in deltas.items() if not values.isfinite().all()]
+    unmoved = [name for name, change in (saved_whole or {}).items() if not change.any()]
+    if unmoved:
+        raise RuntimeError(
+            f"{unmoved[0]} and {len(unmoved) - 1} more parameters of modules that are trained whole did not move in "
+            "training. Check that they take part in the forward pass, and leave them out of modules_to_save otherwise."
+        )
+    broken = [f"{site.term} of layer {site.layer}" for site, values in deltas.items() if not values.isfinite().all()]
+    broken += [name for name, change in (saved_whole or {}).items() if not change.isfinite().all()]
     if broken:
         raise RuntimeError(
-            f"{len(broken)} of {len(deltas)} bias deltas are not finite after training, {broken[0].term} of layer "
-            f"{broken[0].layer} first. Lower learning_rate and resume from the last checkpoint."
+            f"{len(broken)} trained vectors are not finite after training, {broken[0]} first. Lower learning_rate and "
+            "resume from the last checkpoint."
         )
 
 
@@ -266,7 +350,8 @@ def _gather_vectors(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Te
 
 def _fp32_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Full copies on the CPU, of the optimizer's fp32 master copies where DeepSpeed keeps the parameter in 16 bits."""
-    if all(hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping") for parameter in parameters):
+    held = [hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping") for parameter in parameters]
+    if held and all(held):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return [safe_get_full_fp32_param(parameter).detach().float().cpu().clone() for parameter in parameters]
