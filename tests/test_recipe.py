@@ -12,7 +12,9 @@ from beft_trl.recipe import BeftScriptArguments, held_out_rows, load_rows, parse
 REPOSITORY = Path(__file__).parents[1]
 LAUNCH_CONFIGS = sorted((REPOSITORY / "recipes" / "accelerate_configs").glob("*.yaml"))
 AXOLOTL_RECIPES = (REPOSITORY / "recipes" / "axolotl").glob("*.yaml")  # held against Axolotl in test_axolotl.py
-RECIPES = sorted(set((REPOSITORY / "recipes").rglob("*.yaml")) - set(LAUNCH_CONFIGS) - set(AXOLOTL_RECIPES))
+GLUE_RECIPES = (REPOSITORY / "recipes" / "glue").glob("*.yaml")  # test_glue_encoder.py
+OTHERS = {*LAUNCH_CONFIGS, *AXOLOTL_RECIPES, *GLUE_RECIPES}
+RECIPES = sorted(set((REPOSITORY / "recipes").rglob("*.yaml")) - OTHERS)
 
 
 @pytest.fixture(autouse=True)

@@ -62,10 +62,16 @@ def alpaca_prompt(row: dict) -> str:
     return "\n\n".join(filter(None, (row["instruction"], row["input"]))) + "\n\nAnswer:"
 
 
-def _sst2(name: str, count: int, data_dir: Path, seed: int) -> Task:
+def sst2_parts(count: int, data_dir: Path, seed: int) -> tuple[list[dict], list[dict], list[dict]]:
+    """Rows of SST-2 (`sentence`, `label`) to learn from, to choose settings on, and the whole validation set."""
     drawn = random.Random(seed).sample(_sst2_rows(data_dir)[:SST2_ROWS], count + 200)
     with (data_dir / "sst2_validation.tsv").open(encoding="utf-8") as file:
-        test = random.Random(0).sample(list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)), 300)
+        validation = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return drawn[:count], drawn[count:], validation
+
+
+def _sst2(name: str, count: int, data_dir: Path, seed: int) -> Task:
+    train, development, validation = sst2_parts(count, data_dir, seed)
     rows = [
         [
             {
@@ -74,7 +80,7 @@ def _sst2(name: str, count: int, data_dir: Path, seed: int) -> Task:
             }
             for row in part
         ]
-        for part in (drawn[:count], drawn[count:], test)
+        for part in (train, development, random.Random(0).sample(validation, 300))
     ]
     return Task(name, *map(Dataset.from_list, rows), choices=(" positive", " negative"))
 

