@@ -51,9 +51,7 @@ def main(glue: GlueArguments, args: BeftTrainingArguments) -> dict[str, float]:
         lambda row: tokenizer(*(row[name] for name in glue.text_columns), truncation=True, max_length=glue.max_length),
         remove_columns=[name for name in rows["train"].column_names if name != "labels"],
     )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        glue.model_name_or_path, dtype="float32", **label_settings
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(glue.model_name_or_path, dtype="float32", **labels)
     trainer_class = BeftTrainer
     if glue.head_only:
         model.base_model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The benchmark suite stays alive: each script's `--quick`, one after the other, on a model that the first one makes."""
+"""The benchmark suite stays alive: each script's `--quick`, in turn, on a model that the first one makes."""
 
 import json
 import subprocess

@@ -32,7 +32,8 @@ def project(tmp_path):
 def run(project, *arguments):
     command = [
         sys.executable, str(SCRIPT), "--config", str(RECIPES[0]), "--model_name_or_path", "encoder",
-        "--use_cpu", "true", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--train_rows", "24", *arguments,
+        "--use_cpu", "true", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--train_rows", "24",
+        *arguments,
     ]  # fmt: skip
     return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
 
