@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 
 import beft_trl
 from beft_trl.checkpoints import last_complete_checkpoint
+from beft_trl.cli import main
 
 
 BEFT = Path(sys.executable).parent / "beft"
@@ -232,18 +233,24 @@ def test_train_launches_itself(project, tmp_path):
         ("score", "output_dir: /dev/null/out", "cannot be written"),
     ],
 )
-def test_bad_recipes_are_one_paragraph(project, tmp_path, command, recipe, message):
+def test_bad_recipes_are_one_paragraph(project, tmp_path, monkeypatch, capsys, command, recipe, message):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "columns.jsonl").write_text('{"a": "w1", "b": "w2"}\n')
     if recipe is not None:
         whole = (project / "recipe.yaml").read_text().replace(str(project / "out"), "out")
         kept = [line for line in whole.splitlines() if line.split(":")[0] != recipe.split(":")[0]]
         (tmp_path / "recipe.yaml").write_text("\n".join([*kept, recipe]))
-    run = beft(command, tmp_path / "recipe.yaml", cwd=tmp_path)
-    assert run.returncode == 1
-    said = run.stdout if command == "check" else run.stderr
+    # In this process: the imports of each command would take as long as all the cases together.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["beft", command, "recipe.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    run = capsys.readouterr()
+    said = run.out if command == "check" else run.err
     assert message in " ".join(said.split())
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in run.err
     assert not (tmp_path / "out").exists()
 
 
