@@ -56,6 +56,7 @@ from .tuner import (
     confine_deltas,
     deltas_as_state_dict,
     deltas_to_fp32,
+    forget_engine,
     gather_deltas,
     gather_saved_whole,
     keep_4bit_trainable,
@@ -280,6 +281,7 @@ class BeftTrainerMixin:
             finally:
                 if self.is_deepspeed_enabled and self.deepspeed is not None:
                     self.deepspeed.destroy()
+                    forget_engine(self.model)
                 self.model.zero_grad(set_to_none=True)
                 # Takes off the engine and the autocast wrapper that `accelerator.prepare` put around the model.
                 self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
@@ -541,6 +543,9 @@ class BeftTrainer(BeftTrainerMixin, Trainer):
             )
         args = args or BeftTrainingArguments(f"{Path(model.config.name_or_path or 'model').name}-BEFT")
         super().__init__(model, args, **kwargs)
+        # BERT's forward pass takes any keyword, so Transformers believes that its loss is divided by `num_items_in_batch`
+        # and multiplies it by the processes; it is a plain mean (huggingface/transformers#47688).
+        self.model_accepts_loss_kwargs = False
 
 
 class _LogScores(TrainerCallback):

@@ -299,6 +299,14 @@ def restore_saved_whole(model: PeftModel, values: dict[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
+def forget_engine(model: nn.Module) -> None:
+    """Takes the links to a destroyed DeepSpeed engine off the parameters: its fp32 copies are stale, or freed."""
+    for parameter in model.parameters():
+        for link in ("_hp_mapping", "_z3_optimizer"):
+            if hasattr(parameter, link):
+                delattr(parameter, link)
+
+
 def zero_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
     """Puts the deltas back to zero, in place. A collective under ZeRO-3."""
     parameters = list({site.module: delta(model, site) for site in sites}.values())

@@ -64,6 +64,7 @@ def main(glue: GlueArguments, args: BeftTrainingArguments) -> dict[str, float]:
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
     )
+    trainer.model_accepts_loss_kwargs = False  # of a plain Trainer, see huggingface/transformers#47688
     trainer.train()
     measured = trainer.evaluate()
     trainer.save_model()

@@ -1,13 +1,16 @@
 """The encoder example as a user starts it, on local files and a tiny BERT."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_tokenizer
-from transformers import BertConfig, BertModel, pipeline
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, pipeline, set_seed
 from trl import TrlParser
 
 from beft_trl import BeftTrainingArguments
@@ -20,7 +23,11 @@ RECIPES = sorted((REPOSITORY / "recipes" / "glue").glob("*.yaml"))
 
 @pytest.fixture
 def project(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    set_seed(0)
     BertModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "encoder")
     make_tokenizer().save_pretrained(tmp_path / "encoder")
     # A quotation mark that is never closed must not swallow the rows behind it.
@@ -29,13 +36,13 @@ def project(tmp_path):
     return tmp_path
 
 
-def run(project, *arguments):
+def run(project, *arguments, launched=(sys.executable,)):
     command = [
-        sys.executable, str(SCRIPT), "--config", str(RECIPES[0]), "--model_name_or_path", "encoder",
-        "--use_cpu", "true", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--train_rows", "24",
-        *arguments,
+        *launched, str(SCRIPT), "--config", str(RECIPES[0]), "--model_name_or_path", "encoder", "--use_cpu", "true",
+        "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--train_rows", "24", *arguments,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_local_files(project):
@@ -53,6 +60,32 @@ def test_local_files(project):
     subprocess.run(merge, cwd=project, check=True)
     answer = pipeline("text-classification", model=str(project / "merged"))("w1 w2 w3")[0]
     assert answer["label"] in ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("ddp_cpu", "zero1", "zero3"))]
+)
+def test_two_processes_equal_one(project, engine):
+    """Bias, head and loss, on the same global batch."""
+    arguments = ["--train_file", "rows.tsv", "--validation_file", "rows.tsv", "--modules_to_save", "pooler"]
+    one = run(project, *arguments, "--output_dir", "one")
+    assert one.returncode == 0, one.stderr
+    config = REPOSITORY / "recipes" / "accelerate_configs" / f"{engine}.yaml"
+    launched = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
+        "--num_processes", "2", "--main_process_port", "0",
+    ]  # fmt: skip
+    two = run(project, *arguments, "--per_device_train_batch_size", "2", "--output_dir", "two", launched=launched)
+    assert two.returncode == 0, two.stderr
+    assert measured(one) == pytest.approx(measured(two), abs=1.5e-4)  # printed with four digits
+    expected, found = (load_file(project / folder / "adapter_model.safetensors") for folder in ("one", "two"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def measured(done) -> list[float]:
+    """Loss, accuracy and correlation, as they were printed."""
+    line = next(line for line in done.stdout.splitlines() if line.startswith("loss "))
+    return [float(part.split()[1]) for part in line.split(", ")]
 
 
 def test_training_file_alone_is_refused(project):

@@ -28,7 +28,8 @@ from beft_trl import BeftTrainer, BeftTrainingArguments
 
 ARMS = ("value", "query", "all", "head")
 SCORES = ("importance", "magnitude", "fisher")
-TRAIN_ROWS, SEEDS, EPOCHS, BATCH, SCORE_STEPS = [300, 1000], [0, 1, 2], 10, 16, 5
+EPOCHS = {300: 10, 1000: 5}  # by the number of sentences
+SEEDS, BATCH, SCORE_STEPS = [0, 1, 2], 16, 5
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -66,7 +67,8 @@ def make_trainer(model: str, rows: dict[str, Dataset], seed: int, arm: str, fold
     if arm == "head":
         classifier.base_model.requires_grad_(False)
     args = BeftTrainingArguments(
-        folder, bias_term="auto" if arm == "head" else arm, seed=seed, num_train_epochs=EPOCHS, report_to="none",
+        folder, bias_term="auto" if arm == "head" else arm, seed=seed, report_to="none",
+        num_train_epochs=EPOCHS[len(rows["train"])],
         per_device_train_batch_size=BATCH, per_device_eval_batch_size=32, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer_class = Trainer if arm == "head" else BeftTrainer
@@ -84,7 +86,7 @@ def score(model: str, rows: dict[str, Dataset], seed: int) -> list[dict]:
     """Each score of each live term, after a few steps and after a run of them all: the paper's procedure."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, rows, seed, "auto", folder)
-        run_steps = -(-len(rows["train"]) // BATCH) * EPOCHS
+        run_steps = -(-len(rows["train"]) // BATCH) * EPOCHS[len(rows["train"])]
         found = []
         for steps in (SCORE_STEPS, run_steps):
             scores = trainer.score(steps)
@@ -127,7 +129,7 @@ def report(results: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--train-rows", nargs="+", type=int, default=TRAIN_ROWS)
+    parser.add_argument("--train-rows", nargs="+", type=int, choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--results", type=Path, default=records.RESULTS / "encoder.jsonl")
     parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
