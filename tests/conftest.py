@@ -5,6 +5,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Models this small gain nothing from a second thread, which gets in the way of the other test process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
