@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTTrainer, get_quantization_config
 
-from .checkpoints import check_writable
+from .checkpoints import check_writable, checkpoint_to_resume, refuse_foreign_output
 from .config import BeftSFTConfig
 from .engines import engine_of, precision_of, refuse_cell
 from .labels import LabelAudit, audit_labels, check_columns, untruncated
@@ -186,8 +186,8 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
         )
         check.labels = audit_labels(given, prepared, whole, data.tokenizer, args, check.processes)
     with check.noting():
-        if trainer._checkpoint(args.resume_from_checkpoint) is None:
-            trainer._refuse_foreign_output()
+        if checkpoint_to_resume(trainer.args.output_dir, args.resume_from_checkpoint) is None:
+            refuse_foreign_output(trainer.args.output_dir, trainer._base_model_name(), args.bias_term)
     with check.noting():
         check.steps = trainer._run_steps()
         check.score_steps = trainer._score_steps(args.score_steps) if args.bias_term == "auto" else 0

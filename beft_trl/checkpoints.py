@@ -1,4 +1,4 @@
-"""What makes a checkpoint complete: a manifest of its files, written last. Passes over those that are not."""
+"""What a run finds in its output folder: complete checkpoints, which have a manifest, and results of other runs."""
 
 import hashlib
 import json
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
+
+from .importance import SCORES_FILE, BiasScores
 
 
 # Not accelerate's logger, which wants a running accelerator: checkpoints are also looked at without one.
@@ -87,6 +89,62 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     if passed_over:
         logger.warning(f"No complete checkpoint in {output_dir}: passed over {'; '.join(passed_over)}.")
     return None
+
+
+def checkpoint_to_resume(output_dir: str | Path, asked: str | bool | None) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` asks for, `True` being the newest complete one.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    word = str(asked or False).lower()  # a recipe gives "true" and "false" as text
+    if word == "false":
+        return None
+    if word != "true":
+        return str(asked)
+    last = last_complete_checkpoint(output_dir)
+    if last is None:
+        raise ValueError(
+            f"resume_from_checkpoint=True, but {output_dir} holds no complete checkpoint. Give the path of one, or "
+            "start anew without it."
+        )
+    return last
+
+
+def recorded_scores(checkpoint: str | Path, bias_term: str) -> BiasScores:
+    """The scores, and with them the selection, of a checkpoint.
+
+    Raises:
+        ValueError: where it trains another term than `bias_term`.
+    """
+    scores = BiasScores.from_json(Path(checkpoint) / SCORES_FILE)
+    if bias_term not in ("auto", scores.selected):
+        raise ValueError(
+            f"{checkpoint} trains the {scores.selected} bias, and this run asks for bias_term={bias_term!r}. Resume "
+            "with bias_term='auto' or the recorded one, or start anew in another output_dir."
+        )
+    return scores
+
+
+def refuse_foreign_output(output_dir: str | Path, base_model: str, bias_term: str) -> None:
+    """Raises ValueError where the folder, or the newest checkpoint in it, is of another base model or term."""
+    folder = Path(output_dir)
+    last = last_complete_checkpoint(folder)
+    for found in (folder, Path(last)) if last else (folder,):
+        trained = any(found.glob("adapter_model.*"))
+        if trained and (found / SCORES_FILE).is_file():
+            recorded = BiasScores.from_json(found / SCORES_FILE)
+            if recorded.base_model == base_model and bias_term in ("auto", recorded.selected):
+                continue
+            other = f"the {recorded.selected} bias of {recorded.base_model or 'an unnamed model'}"
+        elif trained or any(found.glob("model*.safetensors")):
+            other = "a model that no BEFT run wrote"
+        else:
+            continue
+        raise ValueError(
+            f"output_dir {folder} already holds a different run: {other}, in {found}. Give an empty or new "
+            "output_dir, or resume that run with its own settings."
+        )
 
 
 def refuse_other_engine(checkpoint: str | Path, engine: str, processes: int) -> None:

@@ -13,6 +13,7 @@ from .layout import BiasSite
 
 
 # score_method -> the score that ranks by it
+SCORES_FILE = "beft_scores.json"
 SCORE_OF_METHOD = {"beft": "importance", "magnitude": "magnitude", "fisher": "fisher"}
 
 
@@ -36,11 +37,11 @@ def importance(b1: Tensor, b0: Tensor) -> Tensor:
     """
     if b1.shape != b0.shape:
         raise ValueError(f"importance compares two biases of one shape, got {tuple(b1.shape)} and {tuple(b0.shape)}.")
-    b1, b0 = b1.double(), b0.double()
-    longest = torch.maximum(b1.square().sum(), b0.square().sum())
-    if longest == 0:
+    shorter, longer = sorted((b1.double(), b0.double()), key=lambda bias: float(bias @ bias))
+    if not longer.any():
         return torch.zeros((), dtype=torch.float64)
-    return (1 - (b1 @ b0) / longest).clamp(0, 2)
+    # The difference first, so that no change is exactly 0 and a small one keeps its digits.
+    return ((longer - shorter) @ longer / (longer @ longer)).clamp(0, 2)
 
 
 def magnitude(b1: Tensor, b0: Tensor) -> Tensor:

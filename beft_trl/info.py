@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import report
-from .importance import BiasScores
+from .importance import SCORES_FILE, BiasScores
 from .merge import read_adapter
 
 
@@ -25,7 +25,7 @@ def adapter_report(folder: Path) -> Iterator[Any]:
     """
     content = read_adapter(folder)
     deltas = content.deltas
-    scores = BiasScores.from_json(folder / "beft_scores.json") if (folder / "beft_scores.json").is_file() else None
+    scores = BiasScores.from_json(folder / SCORES_FILE) if (folder / SCORES_FILE).is_file() else None
     table = Table("layer", "module", "size", "norm", "largest", title=f"Deltas of {escape(str(folder))}")
     for path in sorted(deltas, key=_by_layer):
         delta = deltas[path]
@@ -35,7 +35,7 @@ def adapter_report(folder: Path) -> Iterator[Any]:
             f"{delta.abs().max():.3e}",
         )  # fmt: skip
     yield table
-    term = f"the {scores.selected} bias" if scores else "an attention bias (no beft_scores.json says which)"
+    term = f"the {scores.selected} bias" if scores else f"an attention bias (no {SCORES_FILE} says which)"
     trained = sum(int(delta.count_nonzero()) for delta in deltas.values())
     yield f"Base: {content.base_model or 'not named'}. Trains {term} in {len(deltas)} modules: {trained:,} numbers."
     if content.saved_whole:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedConfig
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .importance import BiasScores
+from .importance import SCORES_FILE, BiasScores
 from .layout import BiasSite, build_skeleton, features, find_bias_sites, output_projection
 
 
@@ -550,7 +550,7 @@ def _verify(adapter: Path, base: Path, partial: Path, config: PreTrainedConfig, 
     expected = _logits(load_adapter(whole.from_pretrained(base, dtype="auto"), str(adapter)), prompt)
     report.difference = _difference(found, expected)
     _refuse_difference(report.difference, dtype)
-    scores = adapter / "beft_scores.json"
+    scores = adapter / SCORES_FILE
     quantization = BiasScores.from_json(scores).quantization if scores.is_file() else None
     if quantization is not None:
         quantized = whole.from_pretrained(base, quantization_config=BitsAndBytesConfig(**quantization))

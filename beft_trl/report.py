@@ -25,6 +25,7 @@ ANCHORS = {
     "bias": "the model's own bias",
     "activation": "the mean output of its projection over the tokens of the scoring batches",
 }
+HEAT_MAP_FILE = "beft_scores.png"
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
@@ -150,7 +151,7 @@ def model_card(
         choice(scores, trainable, total),
     ]
     if scores.method is not None:
-        sections += [_markdown_table(scores), "![scores of each term and layer](beft_scores.png)"]
+        sections += [_markdown_table(scores), f"![scores of each term and layer]({HEAT_MAP_FILE})"]
     sections += [
         "## How to load it\n\n"
         + (

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from . import report
-from .importance import SCORE_OF_METHOD, BiasScores, rank
+from .importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
 from .layout import TERMS
 from .recipe import Recipe, held_out_rows, load_rows
-from .trainer import HEAT_MAP_FILE, SCORES_FILE, BeftSFTTrainer
+from .trainer import BeftSFTTrainer
 
 
 class Data(NamedTuple):
@@ -129,7 +129,7 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
     if trainer.accelerator.is_main_process:
         picture = report.heat_map(scores)
         scores.to_json(recipe.output_dir / SCORES_FILE)
-        (recipe.output_dir / HEAT_MAP_FILE).write_bytes(picture)
+        (recipe.output_dir / report.HEAT_MAP_FILE).write_bytes(picture)
         console = Console()
         selected = scores.terms[scores.selected].parameters
         console.print(report.scores_table(scores, selected, None))
@@ -137,7 +137,7 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
             console.print(table)
         for method, name in SCORE_OF_METHOD.items():
             console.print(f"By {name}: {' > '.join(rank(scores.terms, method))}")
-        console.print(f"Wrote {SCORES_FILE} and {HEAT_MAP_FILE} in {recipe.output_dir}.")
+        console.print(f"Wrote {SCORES_FILE} and {report.HEAT_MAP_FILE} in {recipe.output_dir}.")
     return scores
 
 

@@ -1,18 +1,15 @@
 """Scores the bias terms, selects one, trains and saves it: `BeftTrainerMixin` for any Trainer, and TRL's with it."""
 
 import copy
-import gc
 import math
 import os
-import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
@@ -22,25 +19,31 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    DefaultFlowCallback,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainingArguments,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import ParallelMode
 from trl import SFTTrainer
 
 from . import report
-from .checkpoints import check_writable, last_complete_checkpoint, mark_complete, refuse_other_engine
+from .aside import random_state_kept, set_aside
+from .checkpoints import (
+    check_writable,
+    checkpoint_to_resume,
+    last_complete_checkpoint,
+    mark_complete,
+    recorded_scores,
+    refuse_foreign_output,
+    refuse_other_engine,
+)
 from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
 from .engines import engine_of, refuse_cell
-from .importance import SCORE_OF_METHOD, BiasScores, rank
+from .importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
 from .labels import check_columns, drop_masked
 from .layout import TERMS, BiasSite, build_skeleton, find_bias_sites, sites_of_term
 from .scoring import ScoringProbe, ScoringProgress, judge_dead, layers_left_out, score_terms
@@ -56,7 +59,6 @@ from .tuner import (
     confine_deltas,
     deltas_as_state_dict,
     deltas_to_fp32,
-    forget_engine,
     gather_deltas,
     gather_saved_whole,
     keep_4bit_trainable,
@@ -71,8 +73,6 @@ from .tuner import (
 
 logger = get_logger(__name__)
 
-SCORES_FILE = "beft_scores.json"
-HEAT_MAP_FILE = "beft_scores.png"
 DEFAULT_SCORE_STEPS = 5
 
 
@@ -147,12 +147,12 @@ class BeftTrainerMixin:
             FloatingPointError: where a loss is NaN or infinite, before its optimizer step.
             RuntimeError: where a delta did not move.
         """
-        checkpoint = self._checkpoint(resume_from_checkpoint)
+        checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint)
         if checkpoint is not None:
             refuse_other_engine(checkpoint, engine_of(self.args), self.args.world_size)
-            self._select(self._recorded_scores(checkpoint))
+            self._select(recorded_scores(checkpoint, self.selected_bias_term or self.args.bias_term))
         elif self.bias_scores is None:
-            self._refuse_foreign_output()
+            refuse_foreign_output(self.args.output_dir, self._base_model_name(), self.args.bias_term)
             term = self._trained_term() or self.args.bias_term
             self._select(self.score() if term == "auto" else self._unscored(term))
         head = gather_saved_whole(self.model)
@@ -259,45 +259,17 @@ class BeftTrainerMixin:
 
         It is no run of the user's: none of its callbacks and trackers are called, nothing is evaluated or saved.
         """
-        before, head = dict(vars(self)), gather_saved_whole(self.model)
-        # TRL fills these dictionaries in place; everything else that the loop changes is bound anew.
-        metrics = {name: value for name, value in before.items() if name.endswith("_metrics") and type(value) is dict}
-        before.update(copy.deepcopy(metrics))
-        plugin = self.args.deepspeed_plugin
-        deepspeed_config = copy.deepcopy(plugin.hf_ds_config.config) if plugin is not None else {}
-        if plugin is not None:
-            # An optimizer or scheduler of DeepSpeed's own would have learning rates of its own.
-            plugin.hf_ds_config.config.pop("optimizer", None)
-            plugin.hf_ds_config.config.pop("scheduler", None)
-        self.args = _scoring_args(self.args, steps, learning_rate)
-        self.control = TrainerControl()
-        self.callback_handler = CallbackHandler(
-            [DefaultFlowCallback(), *callbacks], self.model, self.processing_class, None, None
-        )
-        with _random_state_kept():
-            try:
+        head = gather_saved_whole(self.model)
+        try:
+            with set_aside(self, steps, learning_rate, callbacks):
                 super().train()
                 return gather_deltas(self.model, self._sites)
-            finally:
-                if self.is_deepspeed_enabled and self.deepspeed is not None:
-                    self.deepspeed.destroy()
-                    forget_engine(self.model)
-                self.model.zero_grad(set_to_none=True)
-                # Takes off the engine and the autocast wrapper that `accelerator.prepare` put around the model.
-                self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
-                zero_deltas(self.model, self._sites)
-                restore_saved_whole(self.model, head)
-                vars(self).clear()
-                vars(self).update(before)
-                if plugin is not None:
-                    # In place: DeepSpeed's "auto" values were filled in from the settings of this short run.
-                    plugin.hf_ds_config.config.clear()
-                    plugin.hf_ds_config.config.update(deepspeed_config)
-                self.accelerator.free_memory()
-                gc.collect()
+        finally:
+            zero_deltas(self.model, self._sites)
+            restore_saved_whole(self.model, head)
 
     def _run_steps(self) -> int:
-        with _random_state_kept():
+        with random_state_kept():
             return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _score_steps(self, asked: int | None) -> int:
@@ -363,7 +335,7 @@ class BeftTrainerMixin:
             if self.bias_scores.method is not None:
                 # Drawn once: every checkpoint takes it along.
                 self._heat_map = self._heat_map or report.heat_map(self.bias_scores)
-                (folder / HEAT_MAP_FILE).write_bytes(self._heat_map)
+                (folder / report.HEAT_MAP_FILE).write_bytes(self._heat_map)
             self._model_card(folder.name).save(folder / "README.md")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -429,50 +401,6 @@ class BeftTrainerMixin:
     def _quantization(self) -> dict[str, Any] | None:
         config = getattr(self.model.config, "quantization_config", None)
         return config.to_diff_dict() if config is not None else None
-
-    def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        asked = str(resume_from_checkpoint or False).lower()  # a recipe gives "true" and "false" as text
-        if asked == "false":
-            return None
-        if asked != "true":
-            return str(resume_from_checkpoint)
-        last = last_complete_checkpoint(self.args.output_dir)
-        if last is None:
-            raise ValueError(
-                f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint. Give the path "
-                "of one, or start anew without it."
-            )
-        return last
-
-    def _recorded_scores(self, checkpoint: str) -> BiasScores:
-        scores = BiasScores.from_json(Path(checkpoint) / SCORES_FILE)
-        if self.args.bias_term not in ("auto", scores.selected) or self.bias_scores not in (None, scores):
-            asked = self.args.bias_term if self.bias_scores is None else self.selected_bias_term
-            raise ValueError(
-                f"{checkpoint} trains the {scores.selected} bias, and this run asks for bias_term={asked!r}. Resume "
-                "with bias_term='auto' or the recorded one, or start anew in another output_dir."
-            )
-        return scores
-
-    def _refuse_foreign_output(self) -> None:
-        folder = Path(self.args.output_dir)
-        last = last_complete_checkpoint(folder)
-        for found in (folder, Path(last)) if last else (folder,):
-            trained = any(found.glob("adapter_model.*"))
-            if trained and (found / SCORES_FILE).is_file():
-                recorded = BiasScores.from_json(found / SCORES_FILE)
-                same_term = self.args.bias_term in ("auto", recorded.selected)
-                if recorded.base_model == self._base_model_name() and same_term:
-                    continue
-                other = f"the {recorded.selected} bias of {recorded.base_model or 'an unnamed model'}"
-            elif trained or any(found.glob("model*.safetensors")):
-                other = "a model that no BEFT run wrote"
-            else:
-                continue
-            raise ValueError(
-                f"output_dir {folder} already holds a different run: {other}, in {found}. Give an empty or new "
-                "output_dir, or resume that run with its own settings."
-            )
 
 
 class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
@@ -543,8 +471,8 @@ class BeftTrainer(BeftTrainerMixin, Trainer):
             )
         args = args or BeftTrainingArguments(f"{Path(model.config.name_or_path or 'model').name}-BEFT")
         super().__init__(model, args, **kwargs)
-        # BERT's forward pass takes any keyword, so Transformers believes that its loss is divided by `num_items_in_batch`
-        # and multiplies it by the processes; it is a plain mean (huggingface/transformers#47688).
+        # BERT's forward pass takes any keyword, so Transformers believes that it divides its loss by
+        # `num_items_in_batch`, and multiplies by the processes; it is a plain mean (huggingface/transformers#47688).
         self.model_accepts_loss_kwargs = False
 
 
@@ -608,27 +536,3 @@ def skeleton_of(name: str, args: TrainingArguments) -> nn.Module:
     trust = init.get("trust_remote_code", getattr(args, "trust_remote_code", False))
     where = {key: init[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in init}
     return build_skeleton(AutoConfig.from_pretrained(name, trust_remote_code=trust, **where), trust)
-
-
-def _scoring_args(args: TrainingArguments, steps: int, learning_rate: float) -> TrainingArguments:
-    scoring = copy.copy(args)
-    scoring.max_steps = steps
-    scoring.learning_rate = learning_rate
-    scoring.lr_scheduler_type = "constant"
-    scoring.warmup_steps = 0
-    scoring.eval_strategy = scoring.save_strategy = scoring.logging_strategy = "no"
-    scoring.eval_on_start = scoring.load_best_model_at_end = scoring.push_to_hub = False
-    return scoring
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    device = torch.accelerator.current_accelerator()
-    devices = range(torch.accelerator.device_count()) if device is not None else ()
-    try:
-        with torch.random.fork_rng(devices, device_type=device.type if device is not None else "cuda"):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
