@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
     from .importance import BiasScores
     from .layout import BiasSite, BiasSites, UnsupportedLayoutError, find_bias_sites
-    from .merge import MergeError, MergeReport, merge_adapter
+    from .merge import MergeReport, merge_adapter
     from .trainer import BeftSFTTrainer, BeftTrainer, BeftTrainerMixin
     from .tuner import load_adapter
+    from .weight_files import MergeError
 
 
 __version__ = "0.1.0"
@@ -26,7 +27,7 @@ _MODULE_OF = {
     "BiasScores": "importance",
     "BiasSite": "layout",
     "BiasSites": "layout",
-    "MergeError": "merge",
+    "MergeError": "weight_files",
     "MergeReport": "merge",
     "UnsupportedLayoutError": "layout",
     "find_bias_sites": "layout",

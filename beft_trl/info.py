@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import report
 from .importance import SCORES_FILE, BiasScores
-from .merge import read_adapter
+from .weight_files import read_adapter
 
 
 def adapter_report(folder: Path) -> Iterator[Any]:

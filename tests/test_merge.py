@@ -15,7 +15,7 @@ from peft import BeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from beft_trl import MergeError, find_bias_sites, merge, merge_adapter
+from beft_trl import MergeError, find_bias_sites, merge_adapter, placement
 from beft_trl.tuner import attach_deltas, delta
 
 
@@ -298,7 +298,7 @@ def test_bad_input_is_one_error_and_writes_nothing(kind, message, tmp_path):
 def test_a_merge_that_is_wrong_is_found_and_removed(tmp_path, monkeypatch):
     model = build("llama")
     saved(model, tmp_path, of_term(model))
-    rules = merge._with_biases
+    rules = placement._with_biases
 
     def wrong(config, skeleton):
         """A rule that also changes what the model computes."""
@@ -306,7 +306,7 @@ def test_a_merge_that_is_wrong_is_found_and_removed(tmp_path, monkeypatch):
             variant.rms_norm_eps = 0.5
             yield rule, variant, created
 
-    monkeypatch.setattr(merge, "_with_biases", wrong)
+    monkeypatch.setattr(placement, "_with_biases", wrong)
     with pytest.raises(MergeError, match="logits differ from those of base plus adapter"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("beft_trl.merge._copy_and_patch", full)
+    monkeypatch.setattr("beft_trl.weight_files._copy_and_patch", full)
     with pytest.raises(OSError, match="No space left"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
