@@ -92,7 +92,8 @@ def main(arguments: argparse.Namespace) -> None:
             for model in arguments.models:
                 for name in arguments.arms:
                     arm = (ARMS | VARIANTS)[name]
-                    for rate in arm.learning_rates[: 1 if arguments.quick else None] or (0.0,):
+                    rates = [rate * MODELS[model].rate_factor for rate in arm.learning_rates] or [0.0]
+                    for rate in rates[: 1 if arguments.quick else None]:
                         line = {"model": model, "task": task_name, "seed": seed, "arm": name, "learning_rate": rate}
                         if key(line) not in done:
                             line |= run(model, task, seed, arm, rate)

@@ -59,7 +59,7 @@ def cell(model: str, task: Task, seed: int) -> dict:
     epochs, choices = EPOCHS[task.name], []
     for anchor in MODELS[model].anchors:
         with trainer_of(model, task, seed, "auto", score_anchor=anchor) as trainer:
-            run_steps = -(-len(task.train) // BATCH) * epochs
+            run_steps = -(-len(trainer.train_dataset) // BATCH) * epochs
             for steps in sorted({min(steps, run_steps) for steps in (*SCORE_STEPS, run_steps)}):
                 started = time.monotonic()
                 scores = trainer.score(steps)

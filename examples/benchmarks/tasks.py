@@ -11,16 +11,20 @@ from datasets import Dataset
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder's dtype, and what a change of its biases can be measured from."""
+    """How a model is used: dtype, what a change of its biases can be measured from, a factor to all learning rates.
+
+    A small model that was pretrained for minutes takes larger steps than one that was pretrained for weeks.
+    """
 
     dtype: str
     anchors: tuple[str, ...]
+    rate_factor: float = 1.0
 
 
 FULL_MODELS = ["models/opt-small", "models/SmolLM2-135M-Instruct"]
 QUICK_MODEL, QUICK_TASK = "models/opt-quick", "routing-46"
 MODELS = {
-    "models/opt-small": Model("float32", ("bias", "activation")),
+    "models/opt-small": Model("float32", ("bias", "activation"), rate_factor=4.0),
     "models/SmolLM2-135M-Instruct": Model("bfloat16", ("activation",)),
     QUICK_MODEL: Model("float32", ("bias", "activation")),
 }
