@@ -75,7 +75,7 @@ def check(
     """
     with _quiet():
         from .check import check_recipe
-        from .report import check_report
+        from .check_report import check_report
 
         found = check_recipe(recipe, context.args, launch, dry_run)
     if as_json:
