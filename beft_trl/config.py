@@ -128,7 +128,7 @@ class BeftTrainingArguments(BeftConfigMixin, TrainingArguments):
     """`transformers.TrainingArguments` with the BEFT settings of [`BeftConfigMixin`], for task models of encoders.
 
     Args:
-        learning_rate: 3e-3. It is the rate of the task's new head, too, which the paper's 4e-4 to 1e-3 leaves at chance
+        learning_rate: 3e-3. It is the rate of the new head, too, which the paper's 4e-4 to 1e-3 leaves at chance
             where examples and epochs are few (examples/benchmarks/encoder.py).
         modules_to_save: names of modules to train and save whole beside the head of the task, such as `["pooler"]` of
             BERT, in PEFT's words.
