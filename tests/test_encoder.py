@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from beft_trl import BeftTrainer, BeftTrainingArguments, MergeError, merge_adapter
+from beft_trl.info import adapter_report
 
 
 SIZES = {
@@ -88,13 +89,19 @@ def test_bias_and_head_are_trained_and_nothing_else(kind, rows, tmp_path):
     after = {name.replace(".base_layer", "").replace(".original_module", ""): values for name, values in wrapped}
     assert all(torch.equal(values, after[name]) for name, values in before.items())
 
-    saved = load_file(trainer.save_model() or tmp_path / "out" / "adapter_model.safetensors")
+    trainer.save_model()
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     names = {name.removeprefix("base_model.model.") for name in saved}
     assert {name for name in names if not name.endswith(".beft_bias")} == HEADS[kind]
     assert len([name for name in names if name.endswith(".beft_bias")]) == SIZES["num_hidden_layers"]
     assert all(not torch.equal(saved[f"base_model.model.{name}"], before[name]) for name in HEADS[kind])
     trained = sum(values.numel() for values in saved.values())
     assert trainer._sizes()[0] == trained
+    told = " ".join(str(part) for part in adapter_report(tmp_path / "out"))
+    assert all(name in told for name in HEADS[kind])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "AutoModelForSequenceClassification.from_pretrained(" in card
+    assert "the trained `classifier`" in card
 
 
 def test_scoring_puts_the_head_back(rows, tmp_path):
