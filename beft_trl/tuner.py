@@ -120,7 +120,7 @@ def _check_trainable_whole(model: nn.Module, name: str) -> None:
             "Give names of its modules, such as 'pooler'."
         )
     dtype = next(found[0].parameters()).dtype
-    if dtype != torch.float32:
+    if dtype.itemsize < torch.float32.itemsize:
         raise ValueError(
             f"{name} of {type(model).__name__} is to be trained whole, and is in {dtype}, where small steps are lost "
             "to rounding. Load the model with dtype=torch.float32, and compute in 16 bits with bf16=True."
@@ -335,8 +335,8 @@ def check_moved(deltas: dict[BiasSite, Tensor], saved_whole: dict[str, Tensor] |
     broken += [name for name, change in (saved_whole or {}).items() if not change.isfinite().all()]
     if broken:
         raise RuntimeError(
-            f"{len(broken)} trained vectors are not finite after training, {broken[0]} first. Lower learning_rate and "
-            "resume from the last checkpoint."
+            f"{len(broken)} of {len(deltas) + len(saved_whole or ())} trained vectors are not finite after training, "
+            f"{broken[0]} first. Lower learning_rate and resume from the last checkpoint."
         )
 
 
