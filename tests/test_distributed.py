@@ -120,7 +120,6 @@ IN_CI = {
     ("llama", "ddp", "fp32"),
     ("opt", "zero2", "8bit"),
     ("llama", "zero3", "8bit"),
-    ("opt", "zero1", "4bit"),
     ("bloom", "zero3", "8bit"),
 }
 CELLS = [
