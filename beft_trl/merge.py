@@ -108,6 +108,12 @@ def merge_adapter(
         raise MergeError(f"The output folder {output} is not empty: nothing was written. Give a new folder.")
     content = read_adapter(adapter)
     base_folder = _base_folder(base or content.base_model)
+    config = AutoConfig.from_pretrained(base_folder)
+    if getattr(config, "quantization_config", None):
+        raise MergeError(
+            f"{base_folder} holds quantised weights. A merge goes into the original full-precision weights: give the "
+            "model that they were quantised from as base."
+        )
     report = MergeReport(str(output))
     if content.saved_whole:
         with _whole_or_nothing(output) as partial:
@@ -115,12 +121,6 @@ def merge_adapter(
             _merge_task_model(content, adapter, base_folder, partial, report)
             _write_card(partial, adapter, base_folder, report)
         return report
-    config = AutoConfig.from_pretrained(base_folder)
-    if getattr(config, "quantization_config", None):
-        raise MergeError(
-            f"{base_folder} holds quantised weights. A merge goes into the original full-precision weights: give the "
-            "model that they were quantised from as base."
-        )
     skeleton = build_skeleton(config)
     sites = find_bias_sites(skeleton)
     _check_fit(content.deltas, skeleton, adapter)

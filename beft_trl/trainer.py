@@ -49,7 +49,6 @@ from .layout import TERMS, BiasSite, build_skeleton, find_bias_sites, sites_of_t
 from .scoring import ScoringProbe, ScoringProgress, judge_dead, layers_left_out, score_terms
 from .tuner import (
     ADAPTER_NAME,
-    TASK_MODELS,
     adapter_state_dict,
     adopt_deltas,
     attach_deltas,
@@ -67,6 +66,7 @@ from .tuner import (
     parameters_saved_whole,
     projection,
     restore_saved_whole,
+    task_ending,
     zero_deltas,
 )
 
@@ -255,10 +255,7 @@ class BeftTrainerMixin:
         return "fp32" if full and not hasattr(self.model, "quantization_method") else "16 bits"
 
     def _train_aside(self, steps: int, learning_rate: float, *callbacks: TrainerCallback) -> dict:
-        """Trains for `steps` steps at a constant rate, then puts everything back but the deltas that it returns.
-
-        It is no run of the user's: none of its callbacks and trackers are called, nothing is evaluated or saved.
-        """
+        """Trains for `steps` steps at a constant rate, puts everything back, and returns the deltas that it made."""
         head = gather_saved_whole(self.model)
         try:
             with set_aside(self, steps, learning_rate, callbacks):
@@ -380,6 +377,8 @@ class BeftTrainerMixin:
         """The configuration of the task model, whose labels the base model's own does not have."""
         config = copy.deepcopy(self.model.config)
         config.architectures = [type(self.model.get_base_model()).__name__]
+        if hasattr(config, "quantization_config"):  # of this run's base: the adapter serves in any precision
+            del config.quantization_config
         return config
 
     def _model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None):
@@ -390,7 +389,7 @@ class BeftTrainerMixin:
             model_name=model_name,
             dataset_name=dataset_name,
             tags=[*getattr(self, "_tag_names", []), *(tags or [])],
-            auto_class=_auto_class(self.model.get_base_model()),
+            auto_class=f"AutoModel{task_ending(self.model.get_base_model())}",
             saved_whole=self.model.peft_config[ADAPTER_NAME].modules_to_save or (),
             plain_peft=not any(isinstance(projection(self.model, site.module), Conv1D) for site in self._sites),
         )
@@ -494,13 +493,6 @@ class _LogScores(TrainerCallback):
             for score in SCORE_OF_METHOD.values() if term.layers else ():
                 values[f"beft/{score}/{name}"] = term.score(score)
         self.trainer.log(values)
-
-
-def _auto_class(model: PreTrainedModel) -> str:
-    """The class that a user loads the base model with."""
-    name = type(model).__name__
-    task = next((ending for ending in TASK_MODELS if name.endswith(ending)), None)
-    return f"AutoModel{task or ('ForCausalLM' if model.can_generate() else '')}"
 
 
 def _versions() -> dict[str, str]:

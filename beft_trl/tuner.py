@@ -19,12 +19,13 @@ from .layout import BiasSite, features
 ADAPTER_NAME = "default"
 # The part of a parameter's name that PEFT gives to the trained copies of modules_to_save.
 _SAVED_WHOLE = f".modules_to_save.{ADAPTER_NAME}."
-# How the names of task models end in Transformers, and PEFT's word for their task.
+# How the names of models with a head for a task end in Transformers, and PEFT's word for the task.
 TASK_MODELS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
     "ForTokenClassification": TaskType.TOKEN_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
 }
+CAUSAL_LM = "ForCausalLM"
 
 
 def beft_config(
@@ -90,13 +91,12 @@ def attach_deltas(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: 
     Raises:
         ValueError: where the model has none of these modules, or has them in 16 bits.
     """
-    task_type = next((task for ending, task in TASK_MODELS.items() if type(model).__name__.endswith(ending)), None)
-    if task_type is None and getattr(model, "can_generate", lambda: False)():
-        task_type = TaskType.CAUSAL_LM
-    saved = [*_task_head(model, task_type), *modules_to_save]
+    ending = task_ending(model)
+    saved = [*(_task_head(model) if ending in TASK_MODELS else []), *modules_to_save]
     for name in saved:
         _check_trainable_whole(model, name)
     with beft_tuner():
+        task_type = TaskType.CAUSAL_LM if ending == CAUSAL_LM else TASK_MODELS.get(ending)
         attached = get_peft_model(model, beft_config(sites, task_type, saved), adapter_name=ADAPTER_NAME)
     if saved:
         # PEFT's task models add names of heads that other models have.
@@ -104,10 +104,14 @@ def attach_deltas(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: 
     return attached
 
 
-def _task_head(model: Any, task_type: TaskType | None) -> list[str]:
+def task_ending(model: Any) -> str:
+    """How the name of the model's class ends, as in Transformers' auto classes; "" for a model without a head."""
+    ending = next((ending for ending in TASK_MODELS if type(model).__name__.endswith(ending)), "")
+    return CAUSAL_LM if not ending and getattr(model, "can_generate", lambda: False)() else ending
+
+
+def _task_head(model: Any) -> list[str]:
     """The children of a task model beside its base model: what its pretraining never saw."""
-    if task_type not in TASK_MODELS.values():
-        return []
     children = {name: next(child.parameters(), None) for name, child in model.named_children()}
     return [name for name, first in children.items() if name != model.base_model_prefix and first is not None]
 
@@ -317,27 +321,28 @@ def zero_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
 
 def check_moved(deltas: dict[BiasSite, Tensor], saved_whole: dict[str, Tensor] | None = None) -> None:
     """Raises RuntimeError where a delta, or a change of what is saved whole, is zero after training or not finite."""
-    still = [site for site, values in deltas.items() if not values.any()]
+    _check_moved("bias deltas", [(f"{site.term} of layer {site.layer}", values) for site, values in deltas.items()])
+    _check_moved("parameters of modules trained whole", list((saved_whole or {}).items()))
+
+
+def _check_moved(what: str, changes: list[tuple[str, Tensor]]) -> None:
+    still = [where for where, change in changes if not change.any()]
     if still:
-        where = ", ".join(f"{site.term} of layer {site.layer}" for site in still[:4]) + (", ..." if still[4:] else "")
         raise RuntimeError(
-            f"{len(still)} of {len(deltas)} bias deltas did not move in training ({where}): the run trained nothing "
-            "there. Check that learning_rate is above zero, that the run has at least one step, and that these layers "
-            "take part in the forward pass."
+            f"{len(still)} of {len(changes)} {what} did not move in training ({_first(still)}): the run trained "
+            "nothing there. Check that learning_rate is above zero, that the run has at least one step, and that "
+            "these layers take part in the forward pass."
         )
-    unmoved = [name for name, change in (saved_whole or {}).items() if not change.any()]
-    if unmoved:
-        raise RuntimeError(
-            f"{unmoved[0]} and {len(unmoved) - 1} more parameters of modules that are trained whole did not move in "
-            "training. Check that they take part in the forward pass, and leave them out of modules_to_save otherwise."
-        )
-    broken = [f"{site.term} of layer {site.layer}" for site, values in deltas.items() if not values.isfinite().all()]
-    broken += [name for name, change in (saved_whole or {}).items() if not change.isfinite().all()]
+    broken = [where for where, change in changes if not change.isfinite().all()]
     if broken:
         raise RuntimeError(
-            f"{len(broken)} of {len(deltas) + len(saved_whole or ())} trained vectors are not finite after training, "
-            f"{broken[0]} first. Lower learning_rate and resume from the last checkpoint."
+            f"{len(broken)} of {len(changes)} {what} are not finite after training ({_first(broken)}). Lower "
+            "learning_rate and resume from the last checkpoint."
         )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if names[4:] else "")
 
 
 def _layer(model: PeftModel, module: str) -> Any:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from conftest import VOCABULARY, make_tokenizer
 from datasets import Dataset
 from peft import PeftModel
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BitsAndBytesConfig,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     RobertaConfig,
@@ -194,6 +196,29 @@ def test_loads_with_plain_peft_and_merges(kind, rows, tmp_path):
     answer = pipeline("text-classification", model=str(merged), tokenizer=str(merged))(text)[0]
     assert answer["label"] == LABELS["id2label"][expected[0].argmax().item()]
     assert answer["score"] == pytest.approx(expected[0].softmax(0).max().item(), abs=1e-4)
+
+
+def test_trained_on_an_8_bit_base_and_merged_into_the_original(rows, tmp_path):
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    make_model("bert").base_model.save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, **LABELS, quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier"])
+    )
+    assert isinstance(model.bert.encoder.layer[0].attention.self.value, Linear8bitLt)
+    trainer = make_trainer(model, rows, adapter)
+    trainer.train()
+    trainer.save_model()
+
+    merge_adapter(adapter, merged)
+    plain = AutoModelForSequenceClassification.from_pretrained(merged)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    term = trainer.selected_bias_term
+    path = f"bert.encoder.layer.1.attention.self.{term}"
+    expected = make_model("bert").get_submodule(path).bias + saved[f"base_model.model.{path}.beft_bias"][0]
+    torch.testing.assert_close(plain.get_submodule(path).bias, expected)
+    assert torch.equal(plain.classifier.weight, saved["base_model.model.classifier.weight"])
+    assert plain.dtype == torch.float32 and not hasattr(plain.config, "quantization_config")
 
 
 def test_a_head_without_its_configuration_is_not_merged(rows, tmp_path):

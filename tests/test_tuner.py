@@ -99,5 +99,5 @@ def test_a_delta_that_stands_still_or_breaks_is_an_error():
     check_moved(moved)
     with pytest.raises(RuntimeError, match="1 of 6 bias deltas did not move.*value of layer 0"):
         check_moved({**moved, sites[2]: torch.zeros(4)})
-    with pytest.raises(RuntimeError, match="1 of 6 trained vectors are not finite.*key of layer 1"):
+    with pytest.raises(RuntimeError, match="1 of 6 bias deltas are not finite.*key of layer 1"):
         check_moved({**moved, sites[4]: torch.tensor([0.0, float("nan")])})
