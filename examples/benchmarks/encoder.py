@@ -16,13 +16,13 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 import records
 import torch
 from datasets import Dataset
-from tasks import sst2_parts
+from tasks import SEEDS, sst2_parts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
 from beft_trl import BeftTrainer, BeftTrainingArguments
@@ -32,7 +32,7 @@ ARMS = ("value", "query", "all", "head")
 SCORES = ("importance", "magnitude", "fisher")
 EPOCHS = {300: 10, 1000: 5}  # by the number of sentences
 RATES = (3e-3, 1e-2)
-SEEDS, BATCH, SCORE_STEPS = [0, 1, 2], 16, 5
+BATCH, SCORE_STEPS = 16, 5
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -94,9 +94,8 @@ def score(model: str, rows: dict[str, Dataset], seed: int) -> list[dict]:
         found = []
         for steps in (SCORE_STEPS, run_steps):
             scores = trainer.score(steps)
-            values = {name: {term: scores.terms[term].score(name) for term in scores.ranking} for name in SCORES}
             dead = [term for term, of_term in scores.terms.items() if of_term.dead]
-            found.append({"steps": steps, "scores": values, "dead": dead})
+            found.append({"steps": steps, "scores": records.scores_of(scores), "dead": dead})
         return found
 
 
@@ -129,22 +128,17 @@ def report(results: Path) -> None:
                 print(f"| {count} | {found[0]['steps']} | {name} | {value:.2e} | {query:.2e} | dead in {dead} |")
     print(f"\n| sentences | {' | '.join(ARMS)} |\n|---:|{'---:|' * len(ARMS)}")
     for count, group in by_rows.items():
-        columns = [[chosen(line["arms"][arm])["test"]["accuracy"] for line in group] for arm in ARMS]
-        spread = [f" ± {stdev(column):.3f}" if len(column) > 1 else "" for column in columns]
-        print(f"| {count} | {' | '.join(f'{fmean(a):.3f}{b}' for a, b in zip(columns, spread, strict=True))} |")
-
-
-def chosen(runs: list[dict]) -> dict:
-    return min(runs, key=lambda run: run["development"]["nll"])
+        best = {arm: [records.best_on_development(line["arms"][arm]) for line in group] for arm in ARMS}
+        columns = [records.spread([run["test"]["accuracy"] for run in runs], 3) for runs in best.values()]
+        print(f"| {count} | {' | '.join(columns)} |")
+    print(f"\nAll of it took {sum(line['seconds'] for line in lines) / 60:.0f} minutes.")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.make_parser(__doc__, "encoder.jsonl")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--train-rows", nargs="+", type=int, choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--results", type=Path, default=records.RESULTS / "encoder.jsonl")
-    parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
     parsed = parser.parse_args()
     if not parsed.report:
         main(parsed)

@@ -3,9 +3,10 @@
 python examples/benchmarks/quality.py --data-dir DATA      # all runs, appended to results/quality.jsonl
 python examples/benchmarks/quality.py --report             # the tables of what is in the file
 
-Every trained arm has three learning rates; the one with the lowest loss on the development rows stands in the table,
-for each seed by itself, with its loss and accuracy on the test rows. Arms share rows, batches, epochs, schedule and
-trainer (`trl.SFTTrainer`, or BEFT's subclass of it). A run that the file holds already is passed over.
+Every trained arm has three learning rates with the first seed; the one with the lowest loss on the development rows
+is run with the other seeds, and the table has its loss and accuracy on the test rows. Arms share rows, batches,
+epochs, schedule and trainer (`trl.SFTTrainer`, or BEFT's subclass of it). A run that the file holds already is passed
+over.
 """
 
 import argparse
@@ -15,13 +16,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import records
 import torch
 from datasets import Dataset
 from peft import BeftConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
-from tasks import FULL_MODELS, MODELS, QUICK_MODEL, QUICK_TASK, Task, load_task
+from tasks import MODELS, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer
@@ -31,7 +32,6 @@ from beft_trl import BeftSFTConfig, BeftSFTTrainer
 
 
 TASKS = ["sst2-100", "routing-126", "alpaca-100"]
-SEEDS = [0, 1, 2]
 SETTINGS = {"num_train_epochs": 5, "per_device_train_batch_size": 8, "max_length": 128}
 
 
@@ -85,20 +85,31 @@ VARIANTS = {
 
 
 def main(arguments: argparse.Namespace) -> None:
-    done = {key(line) for line in records.read(arguments.results)}
+    lines = records.read(arguments.results)
     for seed in arguments.seeds:
         for task_name in arguments.tasks:
             task = load_task(task_name, arguments.data_dir, seed)
             for model in arguments.models:
                 for name in arguments.arms:
                     arm = (ARMS | VARIANTS)[name]
-                    rates = [rate * MODELS[model].rate_factor for rate in arm.learning_rates] or [0.0]
+                    first = [line for line in lines if key(line)[:-1] == (model, task_name, arguments.seeds[0], name)]
+                    rates = learning_rates(model, arm, [] if seed == arguments.seeds[0] else first)
                     for rate in rates[: 1 if arguments.quick else None]:
                         line = {"model": model, "task": task_name, "seed": seed, "arm": name, "learning_rate": rate}
-                        if key(line) not in done:
+                        if key(line) not in map(key, lines):
                             line |= run(model, task, seed, arm, rate)
                             records.append(arguments.results, line)
+                            lines.append(line)
                             print(*key(line), f"{line['seconds']:.0f} s", flush=True)
+
+
+def learning_rates(model: str, arm: Arm, tuned: list[dict]) -> list[float]:
+    """All of an arm's, or, behind the seed that they were compared on, the best of them there."""
+    if any("dead" in line for line in tuned):
+        return []
+    if tuned:
+        return [records.best_on_development(tuned)["learning_rate"]]
+    return [rate * MODELS[model].rate_factor for rate in arm.learning_rates] or [0.0]
 
 
 def key(line: dict) -> tuple:
@@ -159,10 +170,13 @@ def measure(trainer: Trainer, rows: Dataset, task: Task) -> dict:
         raise ValueError(f"Two answers of {task.name} begin with the same token: {task.choices}.")
     answers = torch.tensor(firsts, device=device)
     loss, tokens, right = 0.0, 0, 0
-    for batch in DataLoader(rows.with_format(None), batch_size=16, collate_fn=trainer.data_collator):
+    by_length = sorted(rows.with_format(None), key=lambda row: len(row["input_ids"]))
+    for batch in DataLoader(by_length, batch_size=16, collate_fn=trainer.data_collator):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
-        logits = trainer.model(**batch, use_cache=False).logits[:, :-1].float()
+        columns = (labels != -100).any(0).nonzero().flatten()  # the vocabulary is large, and answers are short
+        labels = labels[:, columns]
+        logits = trainer.model(**batch, use_cache=False, logits_to_keep=columns).logits.float()
         kept = labels != -100
         loss += functional.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
         tokens += int(kept.sum())
@@ -190,31 +204,24 @@ def report(results: Path) -> None:
         print("|---|---|---:|---:|---:|---:|---:|---:|")
         for arm, lines in arms.items():
             rates = ", ".join(f"{line['learning_rate']:g}" for line in lines)
-            nll, accuracy = ([line["test"][name] for line in lines] for name in ("nll", "accuracy"))
+            nll = records.spread([line["test"]["nll"] for line in lines], 4)
+            rights = [line["test"]["accuracy"] for line in lines]
+            accuracy = "" if None in rights else records.spread(rights, 3)
             trained, size, peak = (lines[0][name] for name in ("trainable", "file_bytes", "peak_bytes"))
             print(
-                f"| {arm} | {rates} | {spread(nll, 4)} | {spread(accuracy, 3) if None not in accuracy else ''} | "
+                f"| {arm} | {rates} | {nll} | {accuracy} | "
                 f"{trained:,} | {size:,} | {fmean(line['seconds'] for line in lines):.0f} | {peak / 2**30:.2f} |"
             )
 
 
-def spread(values: list[float], digits: int) -> str:
-    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--models", nargs="+", default=FULL_MODELS)
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser = records.make_parser(__doc__, "quality.jsonl")
+    add_arguments(parser, TASKS)
     parser.add_argument("--arms", nargs="+", default=[*ARMS, *VARIANTS], choices=[*ARMS, *VARIANTS])
-    parser.add_argument("--results", type=Path, default=records.RESULTS / "quality.jsonl")
-    parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
-    parser.add_argument("--quick", action="store_true", help="a small task on models/opt-quick, to see that it works")
-    parsed = parser.parse_args()
+    parsed = parse(parser)
     if parsed.quick:
-        parsed.models, parsed.tasks, parsed.seeds, parsed.arms = [QUICK_MODEL], [QUICK_TASK], [0], QUICK_ARMS
+        parsed.arms = QUICK_ARMS
+    score_labelled_tokens_alone()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

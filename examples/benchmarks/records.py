@@ -1,12 +1,16 @@
-"""Raw results as JSON lines, each with the versions and the machine that it was measured on, and process memory."""
+"""What the benchmarks share: raw results as JSON lines with versions and machine, process memory, tables."""
 
+import argparse
 import json
 import platform
-import resource
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
+
+from beft_trl import BiasScores
+from beft_trl.importance import SCORE_OF_METHOD
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,5 +50,26 @@ def peak_bytes() -> int:
     return int(status["VmHWM"].split()[0]) * 1024
 
 
-def largest_process_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def make_parser(documentation: str, file: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS / file)
+    parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
+    return parser
+
+
+def scores_of(scores: BiasScores) -> dict[str, dict[str, float]]:
+    """Each score of each term that can be trained."""
+    return {
+        name: {term: scores.terms[term].score(name) for term in scores.ranking} for name in SCORE_OF_METHOD.values()
+    }
+
+
+def best_on_development(runs: list[dict]) -> dict:
+    return min(runs, key=lambda run: run["development"]["nll"])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -19,24 +19,23 @@ from pathlib import Path
 from statistics import fmean
 
 import records
-from tasks import FULL_MODELS, MODELS, QUICK_MODEL, QUICK_TASK, Task, load_task
+from tasks import MODELS, QUICK_TASK, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
 from transformers import AutoTokenizer
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer
 
 
-# Epochs of each task, for runs of 38 to 75 steps: what differs between the tasks is their rows.
+# Epochs of each task, for runs of 38 to 40 steps: what differs between the tasks is their rows.
 EPOCHS = {
     "sst2-32": 10,
-    "sst2-100": 5,
-    "sst2-300": 2,
+    "sst2-100": 3,
+    "sst2-300": 1,
     "alpaca-100": 3,
     "alpaca-300": 1,
-    "routing-126": 5,
+    "routing-126": 3,
     QUICK_TASK: 1,
 }
 TASKS = [task for task in EPOCHS if task != QUICK_TASK]
-SEEDS = [0, 1, 2]
 BATCH, SCORE_STEPS = 8, (2, 5, 10, 20)
 TERMS = ("query", "key", "value", "all")
 SCORES = ("importance", "magnitude", "fisher")
@@ -69,10 +68,7 @@ def cell(model: str, task: Task, seed: int) -> dict:
                         "steps": steps,
                         "whole_run": steps == run_steps,
                         "seconds": round(time.monotonic() - started, 2),
-                        "scores": {
-                            score: {term: scores.terms[term].score(score) for term in scores.ranking}
-                            for score in SCORES
-                        },
+                        "scores": records.scores_of(scores),
                     }
                 )
     oracle = {}
@@ -87,8 +83,12 @@ def cell(model: str, task: Task, seed: int) -> dict:
             oracle[term] = {"refused": str(error)}
     return {
         "model": model, "task": task.name, "seed": seed, "choices": choices, "oracle": oracle,
-        "settings": {"epochs": epochs, "batch": BATCH, "learning_rate": BeftSFTConfig.learning_rate},
+        "settings": {"epochs": epochs, "batch": BATCH, "learning_rate": learning_rate(model)},
     }  # fmt: skip
+
+
+def learning_rate(model: str) -> float:
+    return BeftSFTConfig.learning_rate * MODELS[model].rate_factor
 
 
 @contextmanager
@@ -96,6 +96,7 @@ def trainer_of(model: str, task: Task, seed: int, bias_term: str, **settings) ->
     with tempfile.TemporaryDirectory() as folder:
         config = BeftSFTConfig(
             folder, bias_term=bias_term, seed=seed, num_train_epochs=EPOCHS[task.name], max_length=128,
+            learning_rate=learning_rate(model),
             per_device_train_batch_size=BATCH, per_device_eval_batch_size=16, bf16=False, report_to="none",
             save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
             model_init_kwargs={"dtype": MODELS[model].dtype}, **settings,
@@ -154,17 +155,10 @@ def judge(line: dict, choice: dict, score: str) -> tuple[float, float, float, fl
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--models", nargs="+", default=FULL_MODELS)
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--results", type=Path, default=records.RESULTS / "selection.jsonl")
-    parser.add_argument("--report", action="store_true", help="print the tables and run nothing")
-    parser.add_argument("--quick", action="store_true", help="a small task on models/opt-quick, to see that it works")
-    parsed = parser.parse_args()
-    if parsed.quick:
-        parsed.models, parsed.tasks, parsed.seeds = [QUICK_MODEL], [QUICK_TASK], [0]
+    parser = records.make_parser(__doc__, "selection.jsonl")
+    add_arguments(parser, TASKS)
+    parsed = parse(parser)
+    score_labelled_tokens_alone()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

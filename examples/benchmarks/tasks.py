@@ -1,5 +1,6 @@
 """The benchmarks' models, and their low-data tasks as prompt-completion rows drawn by seed: SST-2, Alpaca, routing."""
 
+import argparse
 import csv
 import json
 import random
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
+from trl.trainer import utils
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Model:
     rate_factor: float = 1.0
 
 
+SEEDS = [0, 1, 2]
 FULL_MODELS = ["models/opt-small", "models/SmolLM2-135M-Instruct"]
 QUICK_MODEL, QUICK_TASK = "models/opt-quick", "routing-46"
 MODELS = {
@@ -46,6 +49,31 @@ class Task:
     development: Dataset
     test: Dataset
     choices: tuple[str, ...] = ()
+
+
+def add_arguments(parser: argparse.ArgumentParser, tasks: list[str]) -> None:
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--models", nargs="+", default=FULL_MODELS)
+    parser.add_argument("--tasks", nargs="+", default=tasks)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--quick", action="store_true", help="a small task on models/opt-quick, to see that it works")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.models, arguments.tasks, arguments.seeds = [QUICK_MODEL], [QUICK_TASK], [0]
+    return arguments
+
+
+def score_labelled_tokens_alone() -> None:
+    """Has TRL compute logits only where a label is on a CPU too, as it does on a GPU: the same loss in half the time.
+
+    TRL asks this function whether the device is a GPU, and scores all positions elsewhere, prompts and padding too.
+    """
+    if not hasattr(utils, "_use_triton"):
+        raise AttributeError("trl.trainer.utils has no _use_triton any more: see what its fused LM head does now.")
+    utils._use_triton = lambda device: True
 
 
 def load_task(name: str, data_dir: Path | None, seed: int) -> Task:
