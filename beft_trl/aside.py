@@ -12,7 +12,7 @@ import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from .tuner import forget_engine
+from .deltas import forget_engine
 
 
 @contextmanager

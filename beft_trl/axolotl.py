@@ -23,9 +23,10 @@ except ImportError as error:
         "pip install -c constraints-axolotl.txt axolotl."
     ) from error
 
+from .deltas import gather_deltas
 from .layout import find_bias_sites, sites_of_term
 from .trainer import BeftTrainerMixin
-from .tuner import attach_deltas, beft_config, delta, gather_deltas, load_adapter
+from .tuner import attach_deltas, beft_config, delta, load_adapter
 
 
 # What excludes `adapter: beft`, with the reason and the remedy.

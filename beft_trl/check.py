@@ -20,11 +20,11 @@ from .config import BeftSFTConfig
 from .engines import engine_of, precision_of, refuse_cell
 from .labels import LabelAudit, audit_labels, check_columns, untruncated
 from .launch import launch_command, launched_engine
-from .layout import BiasSites, find_bias_sites, sites_of_term
+from .layout import BiasSites, find_bias_sites, sites_of_term, skeleton_of
 from .memory import MemoryEstimate, estimate_memory
 from .recipe import Recipe, parse_recipe
 from .run import Data, load_data
-from .trainer import BeftSFTTrainer, skeleton_of
+from .trainer import BeftSFTTrainer
 
 
 STREAMED_ROWS = 256

@@ -11,7 +11,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 
@@ -185,6 +185,14 @@ def sites_of_term(sites: Sequence[BiasSite], bias_term: str) -> list[BiasSite]:
             f"Use {', '.join(map(repr, alternatives))} or 'auto'."
         )
     return live
+
+
+def skeleton_of(name: str, args: Any) -> nn.Module:
+    """The model that training arguments load by that name, without weights."""
+    init = getattr(args, "model_init_kwargs", None) or {}
+    trust = init.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+    where = {key: init[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in init}
+    return build_skeleton(AutoConfig.from_pretrained(name, trust_remote_code=trust, **where), trust)
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> nn.Module:

@@ -74,6 +74,17 @@ def choice(scores: BiasScores, trainable: int, total: int | None) -> str:
     return " ".join(sentences)
 
 
+def logged_values(scores: BiasScores, trainable: int, total: int) -> dict[str, float]:
+    """What trackers are sent: every score of every term that was scored, the margin, and the size; by name."""
+    values: dict[str, float] = {"beft/trainable_parameters": trainable, "beft/trainable_share": trainable / total}
+    if scores.margin is not None:
+        values["beft/margin"] = scores.margin
+    for name in scores.ranking:
+        for score in SCORE_OF_METHOD.values():
+            values[f"beft/{score}/{name}"] = scores.terms[name].score(score) or 0.0
+    return values
+
+
 def heat_map(scores: BiasScores) -> bytes:
     """A PNG of the scores that the terms were ranked by: one row for each term, one column for each layer."""
     from matplotlib.colors import LogNorm

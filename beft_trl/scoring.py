@@ -1,20 +1,27 @@
-"""What the scoring pass measures in the trainer's own loop: mean outputs of the projections, and gradients."""
+"""The scoring pass: two short trainings aside of the run, and what their gradients and changes say of each term."""
 
 from collections.abc import Sequence
+from contextlib import closing
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from peft import PeftModel
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from accelerate.logging import get_logger
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from .importance import LayerScores, TermScores, fisher, importance, magnitude
+from .aside import random_state_kept, set_aside
+from .deltas import gather_deltas, gather_saved_whole, native_biases, restore_saved_whole, zero_deltas
+from .importance import BiasScores, LayerScores, TermScores, fisher, importance, magnitude, rank
 from .layout import TERMS, BiasSite, BiasSites
-from .tuner import delta, projection
+from .probe import ScoringProbe, ScoringProgress
+from .tuner import confine_deltas, keep_deltas
 
 
+logger = get_logger(__name__)
+
+DEFAULT_SCORE_STEPS = 5
 # The key's gradient relative to the value's, as root mean squares over a layer: below, it is dead; above, alive.
 # Measured on tiny models and SmolLM2: in fp32 at most 1e-7 where the key is dead and at least 7e-4 where it is alive;
 # in 16 bits, where rounding has a gradient of its own, up to 1.5e-3 where it is dead, so that in between the
@@ -23,114 +30,131 @@ DEAD_BELOW = 1e-5
 ALIVE_ABOVE = {"fp32": 1e-5, "16 bits": 2e-2}
 
 
-class ScoringProbe(TrainerCallback):
-    """Watches a run whose deltas stay at zero. As a context manager it sets its hooks and takes them away.
+class ScoringMixin:
+    """The part of [`BeftTrainerMixin`] that runs the scoring pass."""
 
-    Attributes, filled when the run ends, for each site:
-        gradients: fp32, shape (steps, len(site.rows)), the gradient of each optimizer step's loss by the bias,
-            averaged over the processes as the engines average it. Taken by hooks on the deltas, since DeepSpeed has
-            stepped and cleared its gradients when the trainer's callbacks run.
-        mean_outputs: fp32, shape (len(site.rows),), the mean of the projection's output over all real tokens.
-    """
+    args: Any
+    model: Any
+    accelerator: Any
+    _all_sites: BiasSites
+    _sites: list[BiasSite]
+    _confined: list[RemovableHandle]
+    _verdict: list[str] | None = None  # on dead keys, once their gradients were seen
 
-    def __init__(self, model: PeftModel, sites: Sequence[BiasSite], accelerator: Accelerator):
-        self.model, self.sites, self.accelerator = model, list(sites), accelerator
-        self.gradients: dict[BiasSite, Tensor] = {}
-        self.mean_outputs: dict[BiasSite, Tensor] = {}
-        self._steps: dict[BiasSite, list[Tensor]] = {site: [] for site in sites}
-        self._open_step: dict[BiasSite, Tensor] = {}
-        # By module: the terms of a fused projection share it.
-        self._output_sum: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
-        self._mask: Tensor | None = None
+    def score(self, score_steps: int | None = None) -> BiasScores:
+        """Runs the scoring pass alone, and leaves the model, the data order and the random state as they were.
 
-    def __enter__(self) -> "ScoringProbe":
-        self._handles = [self.model.register_forward_pre_hook(self._note_mask, with_kwargs=True)]
-        for site in self.sites:
-            self._handles.append(
-                delta(self.model, site).register_hook(lambda gradient, site=site: self._add_gradient(site, gradient))
+        Args:
+            score_steps: optimizer steps. Default: that of the configuration.
+
+        Raises:
+            ValueError: for steps beyond the run, or an anchor that says nothing of the model.
+        """
+        steps = self._score_steps(score_steps or self.args.score_steps)
+        self._score_anchor()  # an anchor that cannot serve is refused before the first step
+        terms = [term for term in TERMS if any(site.term == term for site in self._sites)]
+        quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+        with closing(ScoringProgress(terms, 2 * steps, disable=quiet)) as progress:
+            with ScoringProbe(self.model, self._sites, self.accelerator) as probe:
+                untouched = self._train_aside(steps, 0.0, probe, progress)
+            if self._verdict is None:
+                self._verdict = judge_dead(self._all_sites, probe.gradients, precision=self._precision())
+                self._keep([site for site in self._sites if site.dead is None])
+            moved = self._train_aside(steps, self.args.score_learning_rate, progress)
+        if any(values.any() for values in untouched.values()) or not any(values.any() for values in moved.values()):
+            raise RuntimeError(
+                "The scoring pass trains at learning_rate=0 to measure gradients, at score_learning_rate to measure "
+                f"changes, and optim={self.args.optim!s} moved the biases in the first or left them in the second: it "
+                "does not follow the learning rate. Use another optim, or give an explicit bias_term."
             )
-        for path in dict.fromkeys(site.module for site in self.sites):
-            self._handles.append(
-                projection(self.model, path).register_forward_hook(
-                    lambda module, args, output, path=path: self._add_outputs(path, output)
-                )
-            )
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        scaler = getattr(self.accelerator, "scaler", None)
-        scale = scaler.get_scale() if scaler is not None else 1.0
-        # A site that no backward pass reached has no gradient: zero, which is what a dead bias shows.
-        flat = torch.cat(
-            [self._open_step.pop(site, torch.zeros(len(site.rows), device=args.device)) for site in self.sites]
+        anchor = self._score_anchor()
+        before = native_biases(self.model, self._sites) if anchor == "bias" else probe.mean_outputs
+        before = {site: before[site] for site in self._sites}
+        scored = score_terms(self._all_sites, before, moved, probe.gradients)
+        return BiasScores(
+            selected=rank(scored, self.args.score_method)[0],
+            method=self.args.score_method,
+            anchor=anchor,
+            steps=steps,
+            base_model=self._base_model_name(),
+            quantization=self._quantization(),
+            terms=scored,
+            notes=[*layers_left_out(self._all_sites), *self._verdict],
+            versions=_versions(),
         )
-        reduced = self.accelerator.reduce(flat / scale, reduction="mean").cpu()
-        for site, gradient in zip(self.sites, reduced.split([len(site.rows) for site in self.sites]), strict=True):
-            self._steps[site].append(gradient)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        # One vector for all projections: the sums, and behind each its number of tokens.
-        parts = [
-            torch.cat([total, total.new_tensor([self._tokens[path]])]) for path, total in self._output_sum.items()
-        ]
-        reduced = self.accelerator.reduce(torch.cat(parts), reduction="sum").cpu()
-        if not self._output_sum:
-            raise RuntimeError(
-                "The scoring pass got no batch: the training data are fewer than one batch. Lower the batch size "
-                "or the packed length, or give more rows."
+    def _unscored(self, term: str) -> BiasScores:
+        return BiasScores(
+            selected=term,
+            method=None,
+            anchor=None,
+            steps=0,
+            base_model=self._base_model_name(),
+            quantization=self._quantization(),
+            terms=score_terms(self._all_sites, {}, {}, {}),
+            notes=layers_left_out(self._all_sites),
+            versions=_versions(),
+        )
+
+    def _keep(self, sites: list[BiasSite]) -> None:
+        self._sites = sites
+        keep_deltas(self.model, sites)
+        for handle in self._confined:
+            handle.remove()
+        self._confined = confine_deltas(self.model, sites)
+
+    def _train_aside(self, steps: int, learning_rate: float, *callbacks: TrainerCallback) -> dict:
+        """Trains for `steps` steps at a constant rate, puts everything back, and returns the deltas that it made."""
+        head = gather_saved_whole(self.model)
+        try:
+            with set_aside(self, steps, learning_rate, callbacks):
+                super().train()
+                return gather_deltas(self.model, self._sites)
+        finally:
+            zero_deltas(self.model, self._sites)
+            restore_saved_whole(self.model, head)
+
+    def _run_steps(self) -> int:
+        with random_state_kept():
+            return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _score_steps(self, asked: int | None) -> int:
+        run_steps = self._run_steps()
+        if asked is not None and asked > run_steps:
+            raise ValueError(
+                f"score_steps={asked} is more than the {run_steps} optimizer steps of this run. Give at most "
+                f"{run_steps}, leave it out for a tenth of the run, or name the bias_term."
             )
-        if len(self._output_sum) < len({site.module for site in self.sites}):
-            silent = next(site.module for site in self.sites if site.module not in self._output_sum)
-            raise RuntimeError(
-                f"{silent} takes no part in the forward pass, so a bias there cannot be scored or trained. Give an "
-                "explicit bias_term that has no such layer, or use another model."
+        steps = asked or min(DEFAULT_SCORE_STEPS, max(1, run_steps // 10))
+        if asked is None and steps < DEFAULT_SCORE_STEPS:
+            logger.warning(
+                f"The scoring pass takes {steps} of its usual {DEFAULT_SCORE_STEPS} steps, a tenth of this run of "
+                f"{run_steps} steps. Set score_steps for another number."
             )
-        means = {
-            path: part[:-1] / part[-1]
-            for path, part in zip(self._output_sum, reduced.split([len(part) for part in parts]), strict=True)
-        }
-        self.mean_outputs = {site: means[site.module][site.rows] for site in self.sites}
-        self.gradients = {site: torch.stack(steps) for site, steps in self._steps.items()}
+        return steps
 
-    def _note_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # Padding-free and packed batches have no mask: all their tokens are real.
-        self._mask = kwargs.get("attention_mask")
+    def _score_anchor(self) -> str:
+        biases = native_biases(self.model, self._sites).values()
+        has_biases = all(bias is not None and bool(bias.any()) for bias in biases)
+        if self.args.score_anchor == "bias" and not has_biases:
+            raise ValueError(
+                "score_anchor='bias' says nothing of this model: it has projections without a bias, or with one of "
+                "zeros, where the importance of every change is 1. Use 'activation' or 'auto'."
+            )
+        if self.args.score_anchor != "auto":
+            return self.args.score_anchor
+        return "bias" if has_biases else "activation"
 
-    def _add_gradient(self, site: BiasSite, gradient: Tensor) -> None:
-        rows = gradient.detach().flatten().float()[site.rows.to(gradient.device)]
-        self._open_step[site] = self._open_step.get(site, 0) + rows
+    def _precision(self) -> str:
+        full = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        return "fp32" if full and not hasattr(self.model, "quantization_method") else "16 bits"
 
-    def _add_outputs(self, path: str, output: Tensor) -> None:
-        # Gradient checkpointing runs a layer's forward twice, and then sum and count are both doubled.
-        tokens = output.detach().reshape(-1, output.shape[-1])
-        if self._mask is not None:
-            if self._mask.numel() != len(tokens):
-                raise RuntimeError(
-                    f"{path} gave {len(tokens)} outputs for an attention mask of shape {tuple(self._mask.shape)}, so "
-                    "the real tokens cannot be told from padding. Train with score_anchor='bias' if the model has "
-                    "biases, or with an explicit bias_term."
-                )
-            tokens = tokens[self._mask.reshape(-1).bool()]
-        self._output_sum[path] = self._output_sum.get(path, 0) + tokens.sum(0, dtype=torch.float32)
-        self._tokens[path] = self._tokens.get(path, 0) + len(tokens)
+    def _base_model_name(self) -> str:
+        return self.model.get_base_model().name_or_path
 
-
-class ScoringProgress(TrainerCallback):
-    """The progress bar of the scoring pass, one bar for all its runs."""
-
-    def __init__(self, terms: Sequence[str], steps: int, disable: bool):
-        self._bar = tqdm(total=steps, desc=f"Scoring {', '.join(terms)} bias", unit="step", disable=disable)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
+    def _quantization(self) -> dict[str, Any] | None:
+        config = getattr(self.model.config, "quantization_config", None)
+        return config.to_diff_dict() if config is not None else None
 
 
 def layers_left_out(sites: BiasSites) -> list[str]:
@@ -213,3 +237,7 @@ def score_terms(
             ],
         )
     return terms
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("beft_trl", "peft", "torch", "transformers", "trl")}

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .layout import BiasSite, features
 
 ADAPTER_NAME = "default"
 # The part of a parameter's name that PEFT gives to the trained copies of modules_to_save.
-_SAVED_WHOLE = f".modules_to_save.{ADAPTER_NAME}."
+SAVED_WHOLE = f".modules_to_save.{ADAPTER_NAME}."
 # How the names of models with a head for a task end in Transformers, and PEFT's word for the task.
 TASK_MODELS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
@@ -143,7 +143,7 @@ def adopt_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[BiasSite]:
         )
     model.peft_config[ADAPTER_NAME].inference_mode = False
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = ".beft_bias." in name or _SAVED_WHOLE in name
+        parameter.requires_grad = ".beft_bias." in name or SAVED_WHOLE in name
     return [site for site in sites if isinstance(_layer(model, site.module), BeftLayer)]
 
 
@@ -165,7 +165,7 @@ def confine_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[Removabl
     The rest of the vector starts at zero, and without a gradient every optimizer and weight decay leave it there.
     """
     handles = []
-    for path, rows in _rows_of_modules(sites).items():
+    for path, rows in rows_of_modules(sites).items():
         parameter = _layer(model, path).beft_bias[ADAPTER_NAME]
         size = _layer(model, path).out_features
         if len(rows) < size:
@@ -225,7 +225,7 @@ def delta(model: PeftModel, site: BiasSite) -> nn.Parameter:
 
 def parameters_saved_whole(model: PeftModel) -> dict[str, nn.Parameter]:
     """The parameters of the task head and of other modules that are trained and saved whole, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if _SAVED_WHOLE in name}
+    return {name: parameter for name, parameter in model.named_parameters() if SAVED_WHOLE in name}
 
 
 def projection(model: PeftModel, module: str) -> Any:
@@ -233,148 +233,13 @@ def projection(model: PeftModel, module: str) -> Any:
     return _layer(model, module).get_base_layer()
 
 
-def gather_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Tensor]:
-    """The deltas as fp32 tensors on the CPU, shape (len(site.rows),). A collective under ZeRO."""
-    vectors = _gather_vectors(model, sites)
-    return {site: vectors[site.module].flatten()[site.rows] for site in sites}
-
-
-def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Tensor]:
-    """What `PeftModel.save_pretrained` takes as `state_dict`: the deltas and what is saved whole, in fp32, under their
-    full names.
-
-    A collective under ZeRO, so every process calls it. The model's own `state_dict()` would hold the frozen base too,
-    and 16-bit copies of the deltas under DeepSpeed.
-
-    Raises:
-        RuntimeError: where a fused layer's delta is not zero outside the rows of `sites`.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    vectors = _gather_vectors(model, sites)
-    for path, rows in _rows_of_modules(sites).items():
-        if vectors[path].index_fill(1, rows, 0).any():
-            raise RuntimeError(
-                f"The delta of {path} has moved outside the rows of the {sites[0].term} bias, whose gradients are cut "
-                f"off there. The optimizer moves parameters that have no gradient: use another optim."
-            )
-    return {names[id(delta(model, site))]: vectors[site.module] for site in sites} | gather_saved_whole(model)
-
-
-@contextmanager
-def deltas_as_state_dict(model: PeftModel) -> Iterator[None]:
-    """Leaves nothing but what is trained in the model's `state_dict()`.
-
-    DeepSpeed excludes frozen parameters from its checkpoints by their first name: the second name of tied embeddings
-    stays in, and so do the statistics of quantised layers.
-    """
-
-    def keep_deltas_alone(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-        for name in [name for name in state_dict if ".beft_bias." not in name and _SAVED_WHOLE not in name]:
-            del state_dict[name]
-
-    handle = model.register_state_dict_post_hook(keep_deltas_alone)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def native_biases(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Any]:
-    """The projections' own biases, `None` where there is none; shapes and gathering as in `gather_deltas`."""
-    biases: dict[BiasSite, Any] = {site: projection(model, site.module).bias for site in sites}
-    with _gathered(list({id(bias): bias for bias in biases.values() if bias is not None}.values())):
-        return {
-            site: None if bias is None else bias.detach().flatten().float().cpu()[site.rows]
-            for site, bias in biases.items()
-        }
-
-
-def gather_saved_whole(model: PeftModel) -> dict[str, Tensor]:
-    """Full fp32 copies on the CPU of [`parameters_saved_whole`], by name. A collective under ZeRO."""
-    parameters = parameters_saved_whole(model)
-    return dict(zip(parameters, _fp32_values(list(parameters.values())), strict=True))
-
-
-def restore_saved_whole(model: PeftModel, values: dict[str, Tensor]) -> None:
-    """Puts the values of [`gather_saved_whole`] back, in place. A collective under ZeRO-3."""
-    parameters = parameters_saved_whole(model)
-    with torch.no_grad(), _gathered(list(parameters.values()), modifier_rank=0):
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
-
-
-def forget_engine(model: nn.Module) -> None:
-    """Takes the links to a destroyed DeepSpeed engine off the parameters: its fp32 copies are stale, or freed."""
-    for parameter in model.parameters():
-        for link in ("_hp_mapping", "_z3_optimizer"):
-            if hasattr(parameter, link):
-                delattr(parameter, link)
-
-
-def zero_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
-    """Puts the deltas back to zero, in place. A collective under ZeRO-3."""
-    parameters = list({site.module: delta(model, site) for site in sites}.values())
-    with torch.no_grad(), _gathered(parameters, modifier_rank=0):
-        for parameter in parameters:
-            parameter.zero_()
-
-
-def check_moved(deltas: dict[BiasSite, Tensor], saved_whole: dict[str, Tensor] | None = None) -> None:
-    """Raises RuntimeError where a delta, or a change of what is saved whole, is zero after training or not finite."""
-    _check_moved("bias deltas", [(f"{site.term} of layer {site.layer}", values) for site, values in deltas.items()])
-    _check_moved("parameters of modules trained whole", list((saved_whole or {}).items()))
-
-
-def _check_moved(what: str, changes: list[tuple[str, Tensor]]) -> None:
-    still = [where for where, change in changes if not change.any()]
-    if still:
-        raise RuntimeError(
-            f"{len(still)} of {len(changes)} {what} did not move in training ({_first(still)}): the run trained "
-            "nothing there. Check that learning_rate is above zero, that the run has at least one step, and that "
-            "these layers take part in the forward pass."
-        )
-    broken = [where for where, change in changes if not change.isfinite().all()]
-    if broken:
-        raise RuntimeError(
-            f"{len(broken)} of {len(changes)} {what} are not finite after training ({_first(broken)}). Lower "
-            "learning_rate and resume from the last checkpoint."
-        )
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if names[4:] else "")
-
-
 def _layer(model: PeftModel, module: str) -> Any:
     return model.get_base_model().get_submodule(module)
 
 
-def _rows_of_modules(sites: Sequence[BiasSite]) -> dict[str, Tensor]:
+def rows_of_modules(sites: Sequence[BiasSite]) -> dict[str, Tensor]:
+    """The rows of each module, by path: the terms of a fused projection share one."""
     rows: dict[str, list[Tensor]] = {}
     for site in sites:
         rows.setdefault(site.module, []).append(site.rows)
     return {path: torch.cat(parts) for path, parts in rows.items()}
-
-
-def _gather_vectors(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Tensor]:
-    parameters = {site.module: delta(model, site) for site in sites}
-    return dict(zip(parameters, _fp32_values(list(parameters.values())), strict=True))
-
-
-def _fp32_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Full copies on the CPU, of the optimizer's fp32 master copies where DeepSpeed keeps the parameter in 16 bits."""
-    held = [hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping") for parameter in parameters]
-    if held and all(held):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return [safe_get_full_fp32_param(parameter).detach().float().cpu().clone() for parameter in parameters]
-    with _gathered(parameters):
-        return [parameter.detach().float().cpu().clone() for parameter in parameters]
-
-
-def _gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None):
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)

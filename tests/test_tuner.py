@@ -4,17 +4,9 @@ from conftest import make_llama, make_opt
 from peft import get_peft_model_state_dict
 
 from beft_trl import find_bias_sites
+from beft_trl.deltas import check_moved, gather_deltas, native_biases, zero_deltas
 from beft_trl.layout import sites_of_term
-from beft_trl.tuner import (
-    attach_deltas,
-    check_moved,
-    delta,
-    deltas_to_fp32,
-    gather_deltas,
-    keep_deltas,
-    native_biases,
-    zero_deltas,
-)
+from beft_trl.tuner import attach_deltas, delta, deltas_to_fp32, keep_deltas
 
 
 def attached(model, bias_term="auto"):
