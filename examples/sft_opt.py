@@ -13,21 +13,17 @@ the recipe or on the command line. `beft train RECIPE.yaml` is the same run by t
 """
 
 import sys
-from pathlib import Path
 
 from accelerate import PartialState
-from make_demo_model import DEMO_MODEL, make_demo_model
 
+from beft_trl.demo import DEMO_MODEL, DEMO_RECIPE, make_demo
 from beft_trl.recipe import parse_recipe
 from beft_trl.run import leave, train
-
-
-DEMO_RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 
 
 if __name__ == "__main__":
     recipe = parse_recipe(sys.argv[1:] or ["--config", str(DEMO_RECIPE)])
     with PartialState().main_process_first():
-        if recipe.model.model_name_or_path == str(DEMO_MODEL) and not DEMO_MODEL.exists():
-            make_demo_model()
+        if recipe.base_model == str(DEMO_MODEL):
+            make_demo()
     leave(train(recipe))

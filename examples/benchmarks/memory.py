@@ -2,7 +2,7 @@
 
 python examples/benchmarks/memory.py > memory.jsonl
 
-It needs models/SmolLM2-135M-Instruct, which examples/make_demo_model.py writes.
+It needs models/SmolLM2-135M-Instruct, which python -m beft_trl.demo writes.
 """
 
 import json
