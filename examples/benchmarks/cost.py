@@ -193,10 +193,16 @@ def now() -> float:
     return time.perf_counter()
 
 
-def report(results: Path) -> None:
+def by_shape(results: Path) -> dict[tuple, dict[str, list[dict]]]:
+    """By model, batch, length and layers, the runs of each arm."""
     runs = defaultdict(lambda: defaultdict(list))
     for line in records.read(results):
         runs[line["model"], line["batch"], line["length"], line["layers"]][line["arm"]].append(line)
+    return runs
+
+
+def report(results: Path) -> None:
+    runs = by_shape(results)
     for model in dict.fromkeys(shape[0] for shape in runs):
         first = (model, *first_shape(model).values())
         report_arms(model, runs[first])

@@ -188,17 +188,20 @@ def measure(trainer: Trainer, rows: Dataset, task: Task) -> dict:
     return {"nll": loss / tokens, "accuracy": right / len(rows) if firsts else None}
 
 
-def report(results: Path) -> None:
+def best_runs(results: Path) -> dict[tuple[str, str], dict[str, list[dict]]]:
+    """By model and task, for each arm one run of each seed."""
     runs = defaultdict(lambda: defaultdict(list))
     for line in records.read(results):
         if "dead" not in line:
             runs[line["model"], line["task"], line["arm"]][line["seed"]].append(line)
     tables = defaultdict(dict)
     for (model, task, arm), by_seed in runs.items():
-        tables[model, task][arm] = [
-            min(lines, key=lambda line: line["development"]["nll"]) for lines in by_seed.values()
-        ]
-    for (model, task), arms in tables.items():
+        tables[model, task][arm] = [records.best_on_development(lines) for lines in by_seed.values()]
+    return tables
+
+
+def report(results: Path) -> None:
+    for (model, task), arms in best_runs(results).items():
         print(f"\n{Path(model).name}, {task}:\n")
         print("| arm | learning rates | test NLL | accuracy | trained | file | seconds | peak GiB |")
         print("|---|---|---:|---:|---:|---:|---:|---:|")

@@ -128,18 +128,23 @@ def report(results: Path) -> None:
         "| model | anchor | steps | score | best term found | whole order | regret | margin | seconds, of the run's |"
     )
     print("|---|---|---:|---|---:|---:|---:|---:|---:|")
+    for (model, anchor, steps, score), all_of in judgements(lines).items():
+        first, order, regret, margin, cost = (fmean(column) for column in zip(*all_of, strict=True))
+        print(
+            f"| {Path(model).name} | {anchor} | {steps} | {score} | {first:.0%} of {len(all_of)} | {order:.0%} | "
+            f"{regret:.4f} | {margin:.3g} | {cost:.2f} |"
+        )
+
+
+def judgements(lines: list[dict]) -> dict[tuple, list[tuple]]:
+    """By model, anchor, steps and score, what `judge` says of each cell."""
     judged = defaultdict(list)
     for line in lines:
         for choice in line["choices"]:
             for score in SCORES:
                 steps = "run" if choice["whole_run"] else choice["steps"]
                 judged[line["model"], choice["anchor"], steps, score].append(judge(line, choice, score))
-    for (model, anchor, steps, score), all_of in judged.items():
-        first, order, regret, margin, cost = (fmean(column) for column in zip(*all_of, strict=True))
-        print(
-            f"| {Path(model).name} | {anchor} | {steps} | {score} | {first:.0%} of {len(all_of)} | {order:.0%} | "
-            f"{regret:.4f} | {margin:.3g} | {cost:.2f} |"
-        )
+    return judged
 
 
 def judge(line: dict, choice: dict, score: str) -> tuple[float, float, float, float, float]:

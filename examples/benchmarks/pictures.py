@@ -1,0 +1,91 @@
+"""Draws what the results hold: python examples/benchmarks/pictures.py
+
+Each picture stands in this folder's README, and is left out where its results are missing.
+"""
+
+from pathlib import Path
+from statistics import fmean, stdev
+
+import cost
+import quality
+import records
+import selection
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+IMAGES = Path(__file__).parents[1] / "images"
+KINDS = {"BEFT": "tab:blue", "PEFT BEFT": "tab:cyan", "output bias": "tab:cyan", "LoRA": "tab:orange"}
+
+
+def draw_quality(arms: dict[str, list[dict]], axes: Axes) -> None:
+    """Test loss over the number of trained parameters, with the spread over seeds."""
+    for arm, lines in arms.items():
+        if arm in quality.VARIANTS:
+            continue
+        losses = [line["test"]["nll"] for line in lines]
+        if not lines[0]["trainable"]:
+            axes.axhline(losses[0], color="grey", linestyle=":", label=arm)
+            continue
+        color = next((color for kind, color in KINDS.items() if arm.startswith(kind)), "tab:grey")
+        spread = stdev(losses) if len(losses) > 1 else 0.0
+        axes.errorbar(lines[0]["trainable"], fmean(losses), spread, fmt="o", color=color, capsize=3)
+        axes.annotate(arm, (lines[0]["trainable"], fmean(losses)), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="loss on the test rows")
+
+
+def draw_selection(judged: dict[tuple, list[tuple]], model: str, axes: Axes) -> None:
+    """Share of cells in which a score finds the best term, over the steps that it takes."""
+    for score in selection.SCORES:
+        for anchor in dict.fromkeys(key[1] for key in judged if key[0] == model):
+            found = {
+                key[2]: fmean(one[0] for one in of)
+                for key, of in judged.items()
+                if key[:2] == (model, anchor) and key[3] == score
+            }
+            axes.plot([str(steps) for steps in found], list(found.values()), "o-", label=f"{score}, {anchor}")
+    axes.set(ylim=(-0.05, 1.05), xlabel="scoring steps", ylabel="best term found, share of cells")
+    axes.legend(fontsize=7)
+
+
+def draw_cost(arms: dict[str, list[dict]], axes: Axes) -> None:
+    """Seconds a step, relative to the floor."""
+    times = {arm: cost.seconds(lines) / cost.seconds(arms["floor"]) for arm, lines in arms.items()}
+    axes.barh(list(times), list(times.values()), color="tab:blue")
+    for row, ratio in enumerate(times.values()):
+        axes.annotate(f"{ratio:.2f}", (ratio, row), (3, -3), textcoords="offset points", fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="step time, of a frozen forward and backward pass")
+
+
+def save(name: str, titles: list[str], draw) -> None:
+    if titles:
+        figure = Figure(figsize=(5.2 * len(titles), 3.8), layout="constrained")
+        for title, axes in zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True):
+            draw(title, axes)
+            axes.set_title(title, fontsize=9)
+        figure.savefig(IMAGES / f"{name}.png", dpi=130)
+        print(f"Wrote {IMAGES / f'{name}.png'}")
+
+
+def main() -> None:
+    runs = {
+        f"{Path(model).name}, {task}": arms
+        for (model, task), arms in quality.best_runs(records.RESULTS / "quality.jsonl").items()
+    }
+    save("quality", list(runs), lambda title, axes: draw_quality(runs[title], axes))
+
+    judged = selection.judgements(records.read(records.RESULTS / "selection.jsonl"))
+    models = {Path(key[0]).name: key[0] for key in judged}
+    save("selection", list(models), lambda title, axes: draw_selection(judged, models[title], axes))
+
+    shapes = cost.by_shape(records.RESULTS / "cost.jsonl")
+    first = {
+        Path(model).name: shapes[(model, *cost.first_shape(model).values())]
+        for model in dict.fromkeys(shape[0] for shape in shapes)
+    }
+    save("cost", list(first), lambda title, axes: draw_cost(first[title], axes))
+
+
+if __name__ == "__main__":
+    main()
