@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import make_llama, make_tokenizer
+from transformers import AutoModelForCausalLM
 
+from beft_trl.demo import make_demo
 from beft_trl.engines import matrix
 
 
@@ -14,21 +17,38 @@ REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_snippet_runs(tmp_path):
-    """In a folder where the model of the snippet is a tiny one."""
-    snippet = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1]
-    base = tmp_path / "models" / "SmolLM2-135M-Instruct"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the demo's files are, and a tiny model takes the place of the demo's."""
+    folder = tmp_path_factory.mktemp("readme")
+    base = folder / "models" / "SmolLM2-135M-Instruct"
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     make_llama(max_position_embeddings=1024).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
-    run = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
-    )
+    make_demo(folder)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.splitlines()[-1] in ("query", "key", "value")
-    assert (tmp_path / "outputs" / "readme" / "adapter_model.safetensors").is_file()
+    return run.stdout
+
+
+def test_the_python_snippet_runs(folder):
+    snippet = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1]
+    assert run([sys.executable, "-c", snippet], folder).splitlines()[-1] in ("query", "key", "value")
+    assert (folder / "outputs" / "readme" / "adapter_model.safetensors").is_file()
+
+
+def test_every_beft_command_runs(folder):
+    """In the README's order, word for word: each needs what those before it have written."""
+    commands = re.findall(r"^beft [^#\n]*", README, flags=re.MULTILINE)
+    assert {command.split()[1] for command in commands} == {"check", "score", "train", "info", "merge"}
+    for command in commands:
+        run([str(Path(sys.executable).with_name("beft")), *command.split()[1:]], folder)
+    assert AutoModelForCausalLM.from_pretrained(folder / "outputs" / "demo-merged").config.attention_bias
 
 
 def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
