@@ -47,7 +47,8 @@ def test_every_beft_command_runs(folder):
     commands = re.findall(r"^beft [^#\n]*", README, flags=re.MULTILINE)
     assert {command.split()[1] for command in commands} == {"check", "score", "train", "info", "merge"}
     for command in commands:
-        run([str(Path(sys.executable).with_name("beft")), *command.split()[1:]], folder)
+        said = run([str(Path(sys.executable).with_name("beft")), *command.split()[1:]], folder)
+        assert said.count("Ranking: ") == (command.split()[1] == "train")  # by one process of all
     assert AutoModelForCausalLM.from_pretrained(folder / "outputs" / "demo-merged").config.attention_bias
 
 
