@@ -3,15 +3,25 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from peft import BeftConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.beft import BeftLayer, BeftModel, Linear
+from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
+
+
+try:
+    from peft import BeftConfig
+    from peft.tuners.beft import BeftLayer, BeftModel, Linear
+except ImportError as error:
+    raise ImportError(
+        f"beft_trl needs PEFT 0.20 or later, which has a BEFT tuner, and PEFT {version('peft')} is installed: pip "
+        "install --upgrade peft."
+    ) from error
 
 from .layout import BiasSite, features
 

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import make_llama, make_opt
@@ -93,3 +96,10 @@ def test_a_delta_that_stands_still_or_breaks_is_an_error():
         check_moved({**moved, sites[2]: torch.zeros(4)})
     with pytest.raises(RuntimeError, match="1 of 6 bias deltas are not finite.*key of layer 1"):
         check_moved({**moved, sites[4]: torch.tensor([0.0, float("nan")])})
+
+
+def test_an_old_peft_says_what_to_install():
+    """A PEFT without the tuner, as 0.19 was."""
+    without = "import sys, peft; del peft.BeftConfig; sys.modules['peft.tuners.beft'] = None; import beft_trl.tuner"
+    run = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=False)
+    assert run.stderr.splitlines()[-1].startswith("ImportError: beft_trl needs PEFT 0.20 or later")
