@@ -34,7 +34,7 @@ class BeftConfigMixin:
         score_learning_rate: constant learning rate of the scoring pass.
         score_anchor: the biases that the change is measured from: `"bias"`, the model's own, `"activation"`, the mean
             of each projection's output over the tokens of the scoring batches, or `"auto"`, the model's own where
-            every layer has one that is not zero.
+            every layer has one and they are together longer than their change.
 
     Raises:
         ValueError: for a value out of range.
@@ -61,7 +61,7 @@ class BeftConfigMixin:
         default="auto",
         metadata={
             "help": "What the change of a bias is measured from: the model's own bias, the mean output of its "
-            "projection, or `auto`: the first where every layer has one.",
+            "projection, or `auto`: the first where every layer has one longer than its change.",
             "choices": CHOICES["score_anchor"],
         },
     )

@@ -51,7 +51,7 @@ class ScoringMixin:
             ValueError: for steps beyond the run, or an anchor that says nothing of the model.
         """
         steps = self._score_steps(score_steps or self.args.score_steps)
-        self._score_anchor()  # an anchor that cannot serve is refused before the first step
+        self._own_biases()  # where they cannot serve as anchor, that is refused before the first step
         terms = [term for term in TERMS if any(site.term == term for site in self._sites)]
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with closing(ScoringProgress(terms, 2 * steps, disable=quiet)) as progress:
@@ -67,9 +67,12 @@ class ScoringMixin:
                 f"changes, and optim={self.args.optim!s} moved the biases in the first or left them in the second: it "
                 "does not follow the learning rate. Use another optim, or give an explicit bias_term."
             )
-        anchor = self._score_anchor()
-        before = native_biases(self.model, self._sites) if anchor == "bias" else probe.mean_outputs
-        before = {site: before[site] for site in self._sites}
+        own, anchor = self._own_biases(), self.args.score_anchor
+        if anchor == "auto":
+            # Beside a change that is longer, every bias is nearly zero: the importance of all terms would be near 1.
+            anchor = "bias" if own is not None and _length(own) > _length(moved) else "activation"
+        anchors = own if anchor == "bias" and own is not None else probe.mean_outputs
+        before = {site: anchors[site] for site in self._sites}
         scored = score_terms(self._all_sites, before, moved, probe.gradients)
         return BiasScores(
             selected=rank(scored, self.args.score_method)[0],
@@ -133,17 +136,16 @@ class ScoringMixin:
             )
         return steps
 
-    def _score_anchor(self) -> str:
-        biases = native_biases(self.model, self._sites).values()
-        has_biases = all(bias is not None and bool(bias.any()) for bias in biases)
-        if self.args.score_anchor == "bias" and not has_biases:
+    def _own_biases(self) -> dict[BiasSite, Tensor] | None:
+        biases = native_biases(self.model, self._sites)
+        if all(bias is not None and bool(bias.any()) for bias in biases.values()):
+            return biases
+        if self.args.score_anchor == "bias":
             raise ValueError(
                 "score_anchor='bias' says nothing of this model: it has projections without a bias, or with one of "
                 "zeros, where the importance of every change is 1. Use 'activation' or 'auto'."
             )
-        if self.args.score_anchor != "auto":
-            return self.args.score_anchor
-        return "bias" if has_biases else "activation"
+        return None
 
     def _precision(self) -> str:
         full = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
@@ -155,6 +157,10 @@ class ScoringMixin:
     def _quantization(self) -> dict[str, Any] | None:
         config = getattr(self.model.config, "quantization_config", None)
         return config.to_diff_dict() if config is not None else None
+
+
+def _length(biases: dict[BiasSite, Tensor]) -> float:
+    return torch.cat([values.double() for values in biases.values()]).norm().item()
 
 
 def layers_left_out(sites: BiasSites) -> list[str]:

@@ -202,6 +202,22 @@ def test_uniform_attention_leaves_the_value_as_the_only_useful_term(make_trainer
     assert trainer.bias_scores.terms["query"].score("fisher") == 0
 
 
+def test_biases_shorter_than_their_change_are_no_anchor(make_trainer):
+    def scored(size: float, anchor: str):
+        model = make_opt()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("_proj.bias"):
+                    parameter.mul_(size)
+        return make_trainer(model, score_anchor=anchor).score()
+
+    by_bias = scored(1e-6, "bias")
+    for term in by_bias.ranking:
+        assert by_bias.terms[term].score("importance") == pytest.approx(1, abs=1e-2)
+    assert scored(1e-6, "auto").anchor == "activation"
+    assert scored(1.0, "auto").anchor == "bias"
+
+
 def test_the_same_seed_gives_the_same_files(make_trainer, tmp_path):
     for name in ("first", "second"):
         trainer = make_trainer(make_llama(), output_dir=str(tmp_path / name))
