@@ -129,11 +129,20 @@ def report(results: Path) -> None:
                 value, query = (fmean(each["scores"][name][term] for each in passes) for term in ("value", "query"))
                 dead = sum("key" in each["dead"] for each in passes)
                 print(f"| {count} | {passes[0]['steps']} | {name} | {value:.2e} | {query:.2e} | dead in {dead} |")
-    print(f"\n| sentences | {' | '.join(ARMS)} |\n|---:|{'---:|' * len(ARMS)}")
+    print(f"\n| sentences | learning rate | {' | '.join(ARMS)} |\n|---:|---|{'---:|' * len(ARMS)}")
     for count, arms in lines.items():
+        for rate in RATES:
+            at_rate = {
+                arm: [run for runs in arms[arm].values() for run in runs if run["learning_rate"] == rate]
+                for arm in ARMS
+            }
+            print(f"| {count} | {rate:g} | {accuracies(at_rate)} |")
         best = {arm: [records.best_on_development(runs) for runs in arms[arm].values()] for arm in ARMS}
-        columns = [records.spread([run["test"]["accuracy"] for run in runs], 3) for runs in best.values()]
-        print(f"| {count} | {' | '.join(columns)} |")
+        print(f"| {count} | best on development | {accuracies(best)} |")
+
+
+def accuracies(runs: dict[str, list[dict]]) -> str:
+    return " | ".join(records.spread([run["test"]["accuracy"] for run in of_arm], 3) for of_arm in runs.values())
 
 
 if __name__ == "__main__":
