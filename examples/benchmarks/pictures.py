@@ -34,16 +34,13 @@ def draw_quality(arms: dict[str, list[dict]], axes: Axes) -> None:
     axes.set(xscale="log", xlabel="trained parameters", ylabel="loss on the test rows")
 
 
-def draw_selection(judged: dict[tuple, list[tuple]], model: str, axes: Axes) -> None:
+def draw_selection(judged: dict[tuple, list[selection.Judgement]], model: str, axes: Axes) -> None:
     """Share of cells in which a score finds the best term, over the steps that it takes."""
     for score in selection.SCORES:
         for anchor in dict.fromkeys(key[1] for key in judged if key[0] == model):
-            found = {
-                key[2]: fmean(one[0] for one in of)
-                for key, of in judged.items()
-                if key[:2] == (model, anchor) and key[3] == score
-            }
-            axes.plot([str(steps) for steps in found], list(found.values()), "o-", label=f"{score}, {anchor}")
+            cells = {key[3]: cells for key, cells in judged.items() if key[:3] == (model, anchor, score)}
+            found = [fmean(cell.first for cell in of_steps) for of_steps in cells.values()]
+            axes.plot([str(steps) for steps in cells], found, "o-", label=f"{score}, {anchor}")
     axes.set(ylim=(-0.05, 1.05), xlabel="scoring steps", ylabel="best term found, share of cells")
     axes.legend(fontsize=7)
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import records
 from tasks import MODELS, QUICK_TASK, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
@@ -123,40 +124,59 @@ def report(results: Path) -> None:
         ]
         print(f"| {Path(model).name} | {task} | {len(group)} | {' | '.join(values)} |")
 
-    print("\nChoices held against it:\n")
-    print(
-        "| model | anchor | steps | score | best term found | whole order | regret | margin | seconds, of the run's |"
-    )
-    print("|---|---|---:|---|---:|---:|---:|---:|---:|")
-    for (model, anchor, steps, score), all_of in judgements(lines).items():
-        first, order, regret, margin, cost = (fmean(column) for column in zip(*all_of, strict=True))
-        print(
-            f"| {Path(model).name} | {anchor} | {steps} | {score} | {first:.0%} of {len(all_of)} | {order:.0%} | "
-            f"{regret:.4f} | {margin:.3g} | {cost:.2f} |"
-        )
+    judged = judgements(lines)
+    for title, cell_of in {
+        "Cells in which the best term is found, and mean score of the first over the second": lambda judgements: (
+            f"{sum(one.first for one in judgements)} of {len(judgements)}, "
+            f"{fmean(one.margin for one in judgements):.3g}"
+        ),
+        "Cells in which the whole order is found": lambda judgements: f"{sum(one.order for one in judgements)}",
+        "Mean regret, in nats": lambda judgements: f"{fmean(one.regret for one in judgements):.4f}",
+        "Mean seconds of the scoring pass, of those of training the best term": lambda judgements: (
+            f"{fmean(one.cost for one in judgements):.2f}"
+        ),
+    }.items():
+        columns = list(dict.fromkeys(key[3] for key in judged))
+        print(f"\n{title}:\n\n| model | anchor | score | {' | '.join(map(str, columns))} |")
+        print(f"|---|---|---|{'---:|' * len(columns)}")
+        for model, anchor, score in dict.fromkeys(key[:3] for key in judged):
+            cells = " | ".join(cell_of(judged[model, anchor, score, steps]) for steps in columns)
+            print(f"| {Path(model).name} | {anchor} | {score} | {cells} |")
 
 
-def judgements(lines: list[dict]) -> dict[tuple, list[tuple]]:
-    """By model, anchor, steps and score, what `judge` says of each cell."""
+class Judgement(NamedTuple):
+    """Of a choice: top right, order right, regret in nats, first score over second, seconds over the training's."""
+
+    first: bool
+    order: bool
+    regret: float
+    margin: float
+    cost: float
+
+
+def judgements(lines: list[dict]) -> dict[tuple, list[Judgement]]:
+    """By model, anchor, score and steps, one of each cell."""
     judged = defaultdict(list)
     for line in lines:
         for choice in line["choices"]:
             for score in SCORES:
-                steps = "run" if choice["whole_run"] else choice["steps"]
-                judged[line["model"], choice["anchor"], steps, score].append(judge(line, choice, score))
+                steps = "whole run" if choice["whole_run"] else choice["steps"]
+                judged[line["model"], choice["anchor"], score, steps].append(judge(line, choice, score))
     return judged
 
 
-def judge(line: dict, choice: dict, score: str) -> tuple[float, float, float, float, float]:
-    """Top choice right, whole order right, regret in nats, best score over second, seconds over the training's."""
+def judge(line: dict, choice: dict, score: str) -> Judgement:
     losses = {term: run["nll"] for term, run in line["oracle"].items() if term != "all" and "nll" in run}
     values = choice["scores"][score]
     chosen = sorted(values, key=lambda term: -values[term])
     right = sorted(losses, key=lambda term: losses[term])
-    training = line["oracle"][right[0]]["seconds"]
-    margin = values[chosen[0]] / values[chosen[1]] if values[chosen[1]] else float("inf")
-    regret = losses[chosen[0]] - losses[right[0]]
-    return chosen[0] == right[0], chosen == right, regret, margin, choice["seconds"] / training
+    return Judgement(
+        first=chosen[0] == right[0],
+        order=chosen == right,
+        regret=losses[chosen[0]] - losses[right[0]],
+        margin=values[chosen[0]] / values[chosen[1]] if values[chosen[1]] else float("inf"),
+        cost=choice["seconds"] / line["oracle"][right[0]]["seconds"],
+    )
 
 
 if __name__ == "__main__":
