@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trl.trainer import utils
 
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -16,6 +17,7 @@ def quick(tmp_path, monkeypatch, capsys):
     """A function that runs a script with `--quick` in this process and gives what it printed, and its raw results."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # which the scripts exchange: put back afterwards
 
     def run(script: str) -> tuple[str, list[dict]]:
         results = [] if script == "pretrain_opt" else ["--results", f"{script}.jsonl"]
