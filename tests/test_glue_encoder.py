@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, pipeline, set_seed
 from trl import TrlParser
 
-from beft_trl import BeftTrainingArguments
+from beft_trl import BeftTrainingArguments, merge_adapter
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -56,8 +56,7 @@ def test_local_files(project):
     assert control.returncode == 0, control.stderr
     assert "Trained the head alone on 24 rows" in control.stdout
 
-    merge = [sys.executable, "-m", "beft_trl.cli", "merge", "--adapter", "out", "--output", "merged"]
-    subprocess.run(merge, cwd=project, check=True)
+    merge_adapter(project / "out", project / "merged", base=str(project / "encoder"))
     answer = pipeline("text-classification", model=str(project / "merged"))("w1 w2 w3")[0]
     assert answer["label"] in ("no", "yes")
 
