@@ -67,6 +67,13 @@ class BeftArgs(BaseModel):
         default=None,
         json_schema_extra={"description": "What a change is measured from: bias, activation or auto, the default."},
     )
+    beft_relative_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        json_schema_extra={
+            "description": "Learning rate of the biases, relative to each projection's mean output, such as 3e-2."
+        },
+    )
 
     @model_validator(mode="before")
     @classmethod

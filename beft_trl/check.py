@@ -191,6 +191,9 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
     with check.noting():
         check.steps = trainer._run_steps()
         check.score_steps = trainer._score_steps(args.score_steps) if args.bias_term == "auto" else 0
+        if args.bias_term != "auto" and args.relative_learning_rate is not None:
+            steps = trainer._score_steps(args.score_steps)
+            check.notes.append(f"Before the run {steps} steps measure what relative_learning_rate is relative to.")
     check.device_memory = _device_memory(args.device, check.processes)
     try:
         check.memory = estimate_memory(

@@ -35,6 +35,10 @@ class BeftConfigMixin:
         score_anchor: the biases that the change is measured from: `"bias"`, the model's own, `"activation"`, the mean
             of each projection's output over the tokens of the scoring batches, or `"auto"`, the model's own where
             every layer has one and they are together longer than their change.
+        relative_learning_rate: learning rate of the biases as a share of what they stand beside: each layer's is this
+            times the root mean square of its projection's mean output over the tokens of the first `score_steps`
+            batches. It takes the place of `learning_rate`, which is then the one of a task's head alone; 3e-2 is a
+            good start.
 
     Raises:
         ValueError: for a value out of range.
@@ -65,6 +69,13 @@ class BeftConfigMixin:
             "choices": CHOICES["score_anchor"],
         },
     )
+    relative_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the biases, in each layer relative to the mean output of its projection; in "
+            "place of learning_rate. A good start is 3e-2."
+        },
+    )
 
     def __post_init__(self):
         # argparse checks `choices` for the command line only, not for YAML or Python.
@@ -80,6 +91,11 @@ class BeftConfigMixin:
             raise ValueError(
                 f"score_learning_rate={self.score_learning_rate!r} moves no bias, so there is nothing to score: give "
                 "a positive number."
+            )
+        if self.relative_learning_rate is not None and not self.relative_learning_rate > 0:
+            raise ValueError(
+                f"relative_learning_rate={self.relative_learning_rate!r} moves no bias: give a positive number, such "
+                "as 3e-2, or leave it out for learning_rate."
             )
         self._set_up_cpu_under_a_launcher()
         super().__post_init__()

@@ -12,8 +12,10 @@ from torch import Tensor
 from .layout import BiasSite
 
 
-# score_method -> the score that ranks by it
 SCORES_FILE = "beft_scores.json"
+# Keys of the file that earlier ones lack.
+OPTIONAL_KEYS = ("quantization", "notes", "versions", "learning_rates")
+# score_method -> the score that ranks by it
 SCORE_OF_METHOD = {"beft": "importance", "magnitude": "magnitude", "fisher": "fisher"}
 
 
@@ -98,6 +100,7 @@ class BiasScores:
         quantization: the configuration that the base model was quantised with, or `None`.
         notes: sentences on layers that were left out, and on dead terms of single layers.
         versions: of this package and of those that the run stood on, by name.
+        learning_rates: of the trained deltas, by the path of their module, where `relative_learning_rate` sets them.
     """
 
     selected: str
@@ -109,6 +112,7 @@ class BiasScores:
     quantization: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
 
     def covers(self, site: BiasSite) -> bool:
         """Whether the bias at `site` is alive: it was scored, or its structure says so where nothing was."""
@@ -146,6 +150,7 @@ class BiasScores:
             "quantization": self.quantization,
             "notes": self.notes,
             "versions": self.versions,
+            "learning_rates": self.learning_rates,
             "terms": {
                 name: {
                     **{score: term.score(score) for score in SCORE_OF_METHOD.values()},
@@ -184,7 +189,7 @@ class BiasScores:
                 f"{path} does not hold the scores of a BEFT run ({type(error).__name__}: {error}). "
                 "Use a folder that a BEFT run wrote, or train again."
             ) from error
-        optional = {name: record[name] for name in ("quantization", "notes", "versions") if name in record}
+        optional = {name: record[name] for name in OPTIONAL_KEYS if name in record}
         return cls(terms=terms, **fields, **optional)
 
 

@@ -67,6 +67,9 @@ def choice(scores: BiasScores, trainable: int, total: int | None) -> str:
         by = f"by {scores.ranked_by} after {scores.steps} steps, anchored at {ANCHORS[scores.anchor or 'bias']}"
         margin = f", {scores.margin:.3g} times the second" if scores.margin is not None else ""
         sentences.append(f"Selected: the {scores.selected} bias, first {by}{margin}.")
+    if scores.learning_rates:
+        lowest, highest = min(scores.learning_rates.values()), max(scores.learning_rates.values())
+        sentences.append(f"Learning rates from {lowest:.1e} to {highest:.1e}, by the mean output of each projection.")
     if total is not None:
         sentences.append(f"{trainable:,} trainable of {total:,} parameters ({trainable / total:.4%}).")
     sentences += [f"The {name} bias is dead: {term.dead}." for name, term in scores.terms.items() if term.dead]

@@ -36,6 +36,7 @@ class ScoringMixin:
     args: Any
     model: Any
     accelerator: Any
+    bias_scores: BiasScores | None
     _all_sites: BiasSites
     _sites: list[BiasSite]
     _confined: list[RemovableHandle]
@@ -74,8 +75,9 @@ class ScoringMixin:
         anchors = own if anchor == "bias" and own is not None else probe.mean_outputs
         before = {site: anchors[site] for site in self._sites}
         scored = score_terms(self._all_sites, before, moved, probe.gradients)
+        selected = rank(scored, self.args.score_method)[0]
         return BiasScores(
-            selected=rank(scored, self.args.score_method)[0],
+            selected=selected,
             method=self.args.score_method,
             anchor=anchor,
             steps=steps,
@@ -84,9 +86,14 @@ class ScoringMixin:
             terms=scored,
             notes=[*layers_left_out(self._all_sites), *self._verdict],
             versions=_versions(),
+            learning_rates=self._relative_learning_rates(selected, probe),
         )
 
     def _unscored(self, term: str) -> BiasScores:
+        probe = ScoringProbe(self.model, self._sites, self.accelerator)
+        if self.args.relative_learning_rate is not None:
+            with probe:
+                self._train_aside(self._score_steps(self.args.score_steps), 0.0, probe)
         return BiasScores(
             selected=term,
             method=None,
@@ -97,7 +104,18 @@ class ScoringMixin:
             terms=score_terms(self._all_sites, {}, {}, {}),
             notes=layers_left_out(self._all_sites),
             versions=_versions(),
+            learning_rates=self._relative_learning_rates(term, probe),
         )
+
+    def _relative_learning_rates(self, term: str, probe: ScoringProbe) -> dict[str, float]:
+        rate = self.args.relative_learning_rate
+        if rate is None:
+            return {}
+        outputs: dict[str, list[Tensor]] = {}
+        for site in self._sites:
+            if term in (site.term, "all"):
+                outputs.setdefault(site.module, []).append(probe.mean_outputs[site])
+        return {path: rate * _rms(torch.cat(parts)) for path, parts in outputs.items()}
 
     def _keep(self, sites: list[BiasSite]) -> None:
         self._sites = sites
@@ -111,6 +129,7 @@ class ScoringMixin:
         head = gather_saved_whole(self.model)
         try:
             with set_aside(self, steps, learning_rate, callbacks):
+                self.bias_scores = None  # and with them learning rates that are not those of this run
                 super().train()
                 return gather_deltas(self.model, self._sites)
         finally:

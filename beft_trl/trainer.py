@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel, PeftType
 from rich.console import Console
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 from trl import SFTTrainer
@@ -37,6 +38,7 @@ from .tuner import (
     beft_config,
     beft_tuner,
     confine_deltas,
+    delta,
     deltas_to_fp32,
     keep_4bit_trainable,
 )
@@ -114,7 +116,7 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
         checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint)
         if checkpoint is not None:
             refuse_other_engine(checkpoint, engine_of(self.args), self.args.world_size)
-            self._select(recorded_scores(checkpoint, self.selected_bias_term or self.args.bias_term))
+            self._select(recorded_scores(checkpoint, self.selected_bias_term or self.args.bias_term, self.args))
         elif self.bias_scores is None:
             refuse_foreign_output(self.args.output_dir, self._base_model_name(), self.args.bias_term)
             term = self._trained_term() or self.args.bias_term
@@ -125,6 +127,15 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
         check_moved(gather_deltas(self.model, self._sites), changes)
         return output
 
+    def create_optimizer(self, *args: Any, **kwargs: Any):
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = self.bias_scores.learning_rates if self.bias_scores is not None else {}
+        if made and rates:
+            by_parameter = {delta(self.model, site): rates[site.module] for site in self._sites}
+            _give_learning_rates(optimizer, by_parameter, self.args.relative_learning_rate)
+        return optimizer
+
     def _trained_term(self) -> str | None:
         """The term of an adapter that the model came with and that has been trained before."""
         deltas = gather_deltas(self.model, self._sites)
@@ -132,6 +143,11 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
         if not terms:
             return None
         term = terms[0] if len(terms) == 1 else "all"
+        if self.args.relative_learning_rate is not None:
+            raise ValueError(
+                "relative_learning_rate is measured before a bias is trained, and the model's adapter has been. Give "
+                "learning_rate to go on training it."
+            )
         if self.args.bias_term not in ("auto", term):
             raise ValueError(
                 f"The model's adapter trains the {term} bias, and this run asks for bias_term="
@@ -244,6 +260,17 @@ class _LogScores(TrainerCallback):
             self.trainer.log(report.logged_values(scores, *self.trainer._sizes()))
 
 
+def _give_learning_rates(optimizer: Optimizer, rates: dict[nn.Parameter, float], logged: float) -> None:
+    """Puts each parameter of `rates` into a group of its own, with that learning rate."""
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if parameter in rates]
+        group["params"] = [parameter for parameter in group["params"] if parameter not in rates]
+        for parameter in own:
+            optimizer.add_param_group({**group, "params": [parameter], "lr": rates[parameter]})
+        if not group["params"]:
+            group["lr"] = logged  # the first group's rate is the one in the logs
+
+
 def _refuse_arguments(model: Any, args: Any, kwargs: dict) -> None:
     if not isinstance(args, BeftConfigMixin) or not isinstance(args, TrainingArguments):
         raise TypeError(
@@ -259,6 +286,13 @@ def _refuse_arguments(model: Any, args: Any, kwargs: dict) -> None:
         raise ValueError(
             "The model already has a PEFT adapter of another kind. Give the base model, to which this trainer adds "
             "the biases itself, or a model with a BEFT adapter, to go on training it."
+        )
+    plugin = args.deepspeed_plugin
+    if args.relative_learning_rate is not None and plugin is not None and "optimizer" in plugin.hf_ds_config.config:
+        raise ValueError(
+            f"relative_learning_rate={args.relative_learning_rate} gives each layer a learning rate, and DeepSpeed's "
+            "own optimizer, which its configuration asks for, takes one for all. Take the optimizer out of that "
+            "configuration, or give learning_rate."
         )
     if any(kwargs.get("optimizers") or ()):
         raise ValueError(

@@ -282,7 +282,14 @@ def test_the_keys_are_typed_and_described_in_the_schema():
 
     prepare_plugins(DictDefault(plugins=["beft_trl.axolotl.BeftPlugin"]))
     fields = merge_input_args()[1].model_fields
-    for name in ("bias_term", "score_method", "score_steps", "score_learning_rate", "score_anchor"):
+    for name in (
+        "bias_term",
+        "score_method",
+        "score_steps",
+        "score_learning_rate",
+        "score_anchor",
+        "relative_learning_rate",
+    ):
         assert fields[f"beft_{name}"].json_schema_extra["description"]
 
 

@@ -28,6 +28,7 @@ from beft_trl.tuner import delta
         ({"score_steps": 2.5}, "score_steps=2.5 cannot score anything"),
         ({"score_learning_rate": 0.0}, "score_learning_rate=0.0 moves no bias"),
         ({"score_learning_rate": float("nan")}, "score_learning_rate=nan moves no bias"),
+        ({"relative_learning_rate": 0.0}, "relative_learning_rate=0.0 moves no bias"),
     ],
 )
 def test_settings_out_of_range(settings, message, tmp_path):

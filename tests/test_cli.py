@@ -140,6 +140,10 @@ def test_check_finds_what_the_run_will_do(beft, project, tmp_path):
         assert shown[0][0].split() == row["prompt"].split()
         assert f"{row['completion'].strip()} </s>".startswith(shown[1][0].strip())
 
+    relative = ["--bias_term", "value", "--relative_learning_rate", "0.03"]
+    run = beft("check", project / "recipe.yaml", *relative)
+    assert "Before the run 2 steps measure" in run.stdout and "12 optimizer steps." in run.stdout
+
     evaluated = ["--test_file", project / "rows.jsonl", "--eval_strategy", "epoch"]
     run = beft("check", project / "recipe.yaml", *evaluated)
     assert "The run can start." in run.stdout and "«" in run.stdout

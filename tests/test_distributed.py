@@ -174,6 +174,7 @@ OPTIONS = {
     "checkpointing": {"gradient_checkpointing": True},
     "packing": {"packing": True, "max_length": 32, "per_device_train_batch_size": 1},
     "accumulation": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+    "relative": {"relative_learning_rate": 0.03},
 }
 
 
@@ -215,13 +216,18 @@ DEEPSPEED_FILE = {
 }
 
 
+def own_optimizer(folder) -> Path:
+    """A launch configuration with a file of DeepSpeed that has an optimizer and a schedule of its own."""
+    (folder / "ds.json").write_text(json.dumps(DEEPSPEED_FILE))
+    settings = {"deepspeed_config_file": str(folder / "ds.json")}
+    launch_config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_processes": 2}
+    (folder / "launch.yaml").write_text(json.dumps({**launch_config, "deepspeed_config": settings}))
+    return folder / "launch.yaml"
+
+
 def test_a_deepspeed_file_with_an_optimizer_and_a_schedule_of_its_own_does_not_bend_the_scores(reference, tmp_path):
     """WarmupDecayLR would keep a scoring pass of two steps at a learning rate of zero."""
-    (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED_FILE))
-    settings = {"deepspeed_config_file": str(tmp_path / "ds.json")}
-    launch_config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_processes": 2}
-    (tmp_path / "launch.yaml").write_text(json.dumps({**launch_config, "deepspeed_config": settings}))
-    found = finished(tmp_path / "cell", "llama", "zero2", "fp32", launch_config=tmp_path / "launch.yaml")
+    found = finished(tmp_path / "cell", "llama", "zero2", "fp32", launch_config=own_optimizer(tmp_path))
     scores, expected = found.notes[0]["scores"], reference("llama", "fp32").notes[0]["scores"]
     assert scores["ranking"] == expected["ranking"]
     for term in expected["ranking"]:
@@ -229,20 +235,31 @@ def test_a_deepspeed_file_with_an_optimizer_and_a_schedule_of_its_own_does_not_b
             assert scores["terms"][term][score] == pytest.approx(expected["terms"][term][score], rel=1e-3)
 
 
+@pytest.mark.matrix
+def test_a_relative_learning_rate_is_refused_beside_an_optimizer_of_deepspeed(tmp_path):
+    run = launch(
+        tmp_path / "cell", "llama", "zero2", "fp32", "--relative_learning_rate", "0.03",
+        launch_config=own_optimizer(tmp_path),
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "DeepSpeed's own optimizer" in " ".join(run.stderr.split())
+
+
 @pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.matrix)])
 def test_resume_under_deepspeed_ends_where_the_whole_run_does(tmp_path, engine):
-    whole = finished(tmp_path / "cell", "llama", engine, "fp32")
+    relative = ("--relative_learning_rate", "0.03")  # so that there are groups of parameters to put back
+    whole = finished(tmp_path / "cell", "llama", engine, "fp32", *relative)
     expected = whole.deltas
     for name in ("adapter_model.safetensors", "adapter_config.json", "beft_scores.json"):
         (whole.output / name).unlink()
     for path in sorted((whole.output / "checkpoint-4").rglob("*.pt"))[:1]:
         path.write_bytes(path.read_bytes()[:100])  # damaged: passed over for checkpoint-2
-    run = launch(tmp_path / "cell", "llama", engine, "fp32", "--resume_from_checkpoint", "true")
+    run = launch(tmp_path / "cell", "llama", engine, "fp32", "--resume_from_checkpoint", "true", *relative)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "passed over" in run.stderr
     for name, delta in load_file(whole.output / "adapter_model.safetensors").items():
         assert torch.equal(delta, expected[name])
-    other = launch(tmp_path / "cell", "llama", "single", "fp32", "--resume_from_checkpoint", "true")
+    other = launch(tmp_path / "cell", "llama", "single", "fp32", "--resume_from_checkpoint", "true", *relative)
     assert other.returncode != 0
     assert f"was written by {engine} on 2 process(es), and this run is single on 1" in other.stderr
 

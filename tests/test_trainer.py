@@ -167,6 +167,53 @@ def test_the_activation_anchor_is_the_mean_output_over_real_tokens(make_trainer,
     assert found == pytest.approx(1 - b1 @ b0 / max(b1 @ b1, b0 @ b0), rel=5e-3)
 
 
+@pytest.mark.parametrize("bias_term", ["value", "auto", "all"])
+def test_a_relative_learning_rate_is_that_share_of_the_mean_output(make_trainer, bias_term):
+    """Adam's first step moves every element by its learning rate."""
+    rows = make_rows(8)
+    trainer = make_trainer(
+        make_llama(), rows, bias_term=bias_term, relative_learning_rate=0.03, max_steps=1, score_steps=1,
+        per_device_train_batch_size=8, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+
+    batch = full_batch(make_tokenizer(), rows)
+    real = batch["attention_mask"].bool()
+    model = make_llama()
+    moved = 0
+    for site in find_bias_sites(model):
+        outputs = []
+        keep = outputs.append
+        hook = model.get_submodule(site.module).register_forward_hook(lambda *call, keep=keep: keep(call[-1].detach()))
+        model(**batch)
+        hook.remove()
+        delta = tensors(trainer.model).get(f"base_model.model.{site.module}.beft_bias.default")
+        if delta is not None:
+            moved += 1
+            size = outputs[0][real].double().mean(0).square().mean().sqrt().item()
+            assert delta.abs().max().item() == pytest.approx(0.03 * size, rel=1e-3)
+    assert moved == (6 if bias_term == "all" else 2)
+    assert trainer.state.log_history[-2]["learning_rate"] == 0.03
+
+
+def test_a_relative_learning_rate_leaves_the_scores_alone(make_trainer):
+    plain, relative = (make_trainer(relative_learning_rate=rate).score() for rate in (None, 0.03))
+    assert relative.terms == plain.terms
+    assert len(relative.learning_rates) == 2 and not plain.learning_rates
+
+
+def test_a_relative_learning_rate_resumes(make_trainer, tmp_path):
+    settings = {"relative_learning_rate": 0.03, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = make_trainer(**settings)
+    whole.train()
+    checkpoint = f"{whole.args.output_dir}/checkpoint-3"
+    resumed = make_trainer(**settings, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert all(torch.equal(values, tensors(whole.model)[name]) for name, values in tensors(resumed.model).items())
+    with pytest.raises(ValueError, match="was trained with relative_learning_rate"):
+        make_trainer(output_dir=str(tmp_path / "other")).train(resume_from_checkpoint=checkpoint)
+
+
 def native_gradients(model, site, batch):
     """The gradient of a zero bias put into a bias-free projection of a plain model."""
     projection = model.get_submodule(site.module)

@@ -46,9 +46,13 @@ class Arm:
     bias_term: str | None = None
     adapter: Callable[[], PeftConfig] | None = None
     settings: dict = field(default_factory=dict)
+    relative: bool = False  # the rates are a `relative_learning_rate`, which needs no factor for the model
 
 
 BIAS_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+# By their scores query and key are small beside what they stand beside: with the value's rates alone they would lose.
+LARGE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RELATIVE_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 QUERY_AND_VALUE = ["q_proj", "v_proj"]
 OUTPUT_PROJECTION = r".*\.self_attn\.(o_proj|out_proj)"
@@ -56,9 +60,12 @@ ARMS = {
     "zero-shot": Arm(),
     "BEFT auto": Arm(BIAS_RATES, bias_term="auto"),
     "BEFT value": Arm(BIAS_RATES, bias_term="value"),
-    "BEFT query": Arm(BIAS_RATES, bias_term="query"),
-    "BEFT key": Arm(BIAS_RATES, bias_term="key"),
+    "BEFT query": Arm(LARGE_RATES, bias_term="query"),
+    "BEFT key": Arm(LARGE_RATES, bias_term="key"),
     "BEFT all": Arm(BIAS_RATES, bias_term="all"),
+    "BEFT value, relative": Arm(RELATIVE_RATES, bias_term="value", relative=True),
+    "BEFT query, relative": Arm(RELATIVE_RATES, bias_term="query", relative=True),
+    "BEFT all, relative": Arm(RELATIVE_RATES, bias_term="all", relative=True),
     "PEFT BEFT": Arm(BIAS_RATES, adapter=BeftConfig),
     "output bias": Arm(BIAS_RATES, adapter=lambda: BeftConfig(target_modules=OUTPUT_PROJECTION)),
     "LoRA r=1": Arm(LORA_RATES, adapter=lambda: LoraConfig(r=1, lora_alpha=2, target_modules=QUERY_AND_VALUE)),
@@ -109,7 +116,8 @@ def learning_rates(model: str, arm: Arm, tuned: list[dict]) -> list[float]:
         return []
     if tuned:
         return [records.best_on_development(tuned)["learning_rate"]]
-    return [rate * MODELS[model].rate_factor for rate in arm.learning_rates] or [0.0]
+    factor = 1.0 if arm.relative else MODELS[model].rate_factor
+    return [rate * factor for rate in arm.learning_rates] or [0.0]
 
 
 def key(line: dict) -> tuple:
@@ -153,7 +161,8 @@ def trainer_of(model: str, task: Task, seed: int, arm: Arm, rate: float, folder:
         "processing_class": AutoTokenizer.from_pretrained(model),
     }
     if arm.bias_term:
-        return BeftSFTTrainer(model, BeftSFTConfig(bias_term=arm.bias_term, **config), **data)
+        relative = {"relative_learning_rate": rate} if arm.relative else {}
+        return BeftSFTTrainer(model, BeftSFTConfig(bias_term=arm.bias_term, **relative, **config), **data)
     return SFTTrainer(model, SFTConfig(**config), peft_config=arm.adapter and arm.adapter(), **data)
 
 
