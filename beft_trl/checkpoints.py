@@ -10,7 +10,6 @@ from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
 
-from .config import BeftConfigMixin
 from .importance import SCORES_FILE, BiasScores
 
 
@@ -112,11 +111,11 @@ def checkpoint_to_resume(output_dir: str | Path, asked: str | bool | None) -> st
     return last
 
 
-def recorded_scores(checkpoint: str | Path, bias_term: str, args: BeftConfigMixin) -> BiasScores:
+def recorded_scores(checkpoint: str | Path, bias_term: str, relative_learning_rate: float | None) -> BiasScores:
     """The scores, and with them the selection and the learning rates, of a checkpoint.
 
     Raises:
-        ValueError: where it trains another term than `bias_term`, or has learning rates where `args` ask for none.
+        ValueError: where it trains another term than `bias_term`, or has relative learning rates where none are asked for, or the other way.
     """
     scores = BiasScores.from_json(Path(checkpoint) / SCORES_FILE)
     if bias_term not in ("auto", scores.selected):
@@ -124,10 +123,10 @@ def recorded_scores(checkpoint: str | Path, bias_term: str, args: BeftConfigMixi
             f"{checkpoint} trains the {scores.selected} bias, and this run asks for bias_term={bias_term!r}. Resume "
             "with bias_term='auto' or the recorded one, or start anew in another output_dir."
         )
-    if bool(scores.learning_rates) != (args.relative_learning_rate is not None):
+    if bool(scores.learning_rates) != (relative_learning_rate is not None):
         raise ValueError(
             f"{checkpoint} was trained {'with' if scores.learning_rates else 'without'} relative_learning_rate, and "
-            f"this run asks for relative_learning_rate={args.relative_learning_rate}. Resume as it was written, or "
+            f"this run asks for relative_learning_rate={relative_learning_rate}. Resume as it was written, or "
             "start anew in another output_dir."
         )
     return scores

@@ -116,7 +116,8 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
         checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint)
         if checkpoint is not None:
             refuse_other_engine(checkpoint, engine_of(self.args), self.args.world_size)
-            self._select(recorded_scores(checkpoint, self.selected_bias_term or self.args.bias_term, self.args))
+            term, relative = self.selected_bias_term or self.args.bias_term, self.args.relative_learning_rate
+            self._select(recorded_scores(checkpoint, term, relative))
         elif self.bias_scores is None:
             refuse_foreign_output(self.args.output_dir, self._base_model_name(), self.args.bias_term)
             term = self._trained_term() or self.args.bias_term

@@ -107,6 +107,7 @@ def test_json_has_the_documented_keys_and_comes_back_equal(scores, tmp_path):
         "quantization",
         "notes",
         "versions",
+        "learning_rates",
         "terms",
     }
     assert set(record["terms"]["value"]) == {"importance", "magnitude", "fisher", "dead", "parameters", "layers"}
