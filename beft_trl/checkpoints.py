@@ -115,7 +115,8 @@ def recorded_scores(checkpoint: str | Path, bias_term: str, relative_learning_ra
     """The scores, and with them the selection and the learning rates, of a checkpoint.
 
     Raises:
-        ValueError: where it trains another term than `bias_term`, or has relative learning rates where none are asked for, or the other way.
+        ValueError: where it trains another term than `bias_term`, or one of the two runs has relative learning rates
+            and the other has none.
     """
     scores = BiasScores.from_json(Path(checkpoint) / SCORES_FILE)
     if bias_term not in ("auto", scores.selected):
