@@ -90,10 +90,6 @@ class ScoringMixin:
         )
 
     def _unscored(self, term: str) -> BiasScores:
-        probe = ScoringProbe(self.model, self._sites, self.accelerator)
-        if self.args.relative_learning_rate is not None:
-            with probe:
-                self._train_aside(self._score_steps(self.args.score_steps), 0.0, probe)
         return BiasScores(
             selected=term,
             method=None,
@@ -104,13 +100,17 @@ class ScoringMixin:
             terms=score_terms(self._all_sites, {}, {}, {}),
             notes=layers_left_out(self._all_sites),
             versions=_versions(),
-            learning_rates=self._relative_learning_rates(term, probe),
+            learning_rates=self._relative_learning_rates(term),
         )
 
-    def _relative_learning_rates(self, term: str, probe: ScoringProbe) -> dict[str, float]:
+    def _relative_learning_rates(self, term: str, probe: ScoringProbe | None = None) -> dict[str, float]:
+        """By module, from the outputs that `probe` saw, or a new one where nothing was scored."""
         rate = self.args.relative_learning_rate
         if rate is None:
             return {}
+        if probe is None:
+            with ScoringProbe(self.model, self._sites, self.accelerator) as probe:
+                self._train_aside(self._score_steps(self.args.score_steps), 0.0, probe)
         outputs: dict[str, list[Tensor]] = {}
         for site in self._sites:
             if term in (site.term, "all"):
