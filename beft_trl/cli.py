@@ -221,6 +221,7 @@ def main() -> None:
         # Not standalone, where Ctrl-C would end in 1.
         sys.exit(app(standalone_mode=False) or 0)
     except (typer.Abort, KeyboardInterrupt):
+        print("Interrupted.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if isinstance(error, USAGE_ERROR):

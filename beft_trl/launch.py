@@ -1,15 +1,17 @@
 """The launch configurations that come with the package, and the commands that use them."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate.commands.config.config_args import load_config_from_file
 
-from .engines import ENGINES
+from .engines import FSDP_REFUSED, OFFLOADED, require_packages, zero_engine
 
 
 SHIPPED = Path(__file__).parent / "accelerate_configs"
+ACCELERATES_STAGE = 2  # of a DeepSpeed configuration that does not name one
 
 
 def launch_config(name: str) -> Path:
@@ -30,27 +32,36 @@ def launch_config(name: str) -> Path:
 
 
 def launched_engine(name: str) -> tuple[str, int]:
-    """The engine of a launch configuration, a name in `engines.ENGINES`, and its number of processes."""
+    """The engine of a launch configuration, a name in `engines.ENGINES`, and its number of processes.
+
+    Raises:
+        OSError, ValueError: for a file that cannot be read, or an engine that is not among them.
+    """
     config = load_config_from_file(str(launch_config(name)))
-    if config.distributed_type == "DEEPSPEED":
-        settings = config.deepspeed_config
-        stage = f"zero{settings['zero_stage']}"
-        offload = any(
-            settings.get(f"offload_{what}_device", "none") not in (None, "none") for what in ("optimizer", "param")
-        )
-        engine = f"{stage}_offload" if offload and f"{stage}_offload" in ENGINES else stage
+    if config.distributed_type == "FSDP":
+        raise ValueError(FSDP_REFUSED)
+    if config.distributed_type != "DEEPSPEED":
+        return ("ddp" if config.num_processes > 1 else "single"), config.num_processes
+    settings = config.deepspeed_config
+    if "deepspeed_config_file" in settings:
+        text = Path(settings["deepspeed_config_file"]).read_text(encoding="utf-8")
+        zero = json.loads(text).get("zero_optimization", {})
     else:
-        engine = "ddp" if config.num_processes > 1 else "single"
-    if engine not in ENGINES:
-        raise ValueError(f"{launch_config(name)} starts {engine}, which is none of {', '.join(ENGINES)}.")
-    return engine, config.num_processes
+        offload = {f"offload_{what}": {"device": settings.get(f"offload_{what}_device")} for what in OFFLOADED}
+        zero = {"stage": settings.get("zero_stage", ACCELERATES_STAGE), **offload}
+    return zero_engine(zero), config.num_processes
 
 
 def launch_command(name: str | None, arguments: Sequence[str]) -> list[str]:
-    """The command line that runs `beft ARGUMENTS` under a launch configuration, or in one process for `None`."""
+    """The command line that runs `beft ARGUMENTS` under a launch configuration, or in one process for `None`.
+
+    Raises:
+        ImportError, ValueError: where the configuration's engine cannot run here.
+    """
     module = ["-m", "beft_trl.cli", *arguments]
     if name is None:
         return [sys.executable, *module]
+    require_packages(launched_engine(name)[0])  # the launcher's own error is a traceback
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_config(name))]
     if load_config_from_file(str(launch_config(name))).num_machines == 1:
         launcher += ["--main_process_port", "0"]  # any free one

@@ -142,9 +142,14 @@ def merge_adapter(
 @contextlib.contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
     """A folder that becomes `output` at the end. Hidden, beside it: whatever stops the merge leaves no checkpoint."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    partial.mkdir()
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            f"The output folder {output} cannot be written ({error.strerror}): nothing was written. Give a folder "
+            "that you may write to, on a disk with free space."
+        ) from error
     try:
         yield partial
         if output.exists():

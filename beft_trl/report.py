@@ -161,7 +161,7 @@ def model_card(
             "It is an adapter of PEFT's own BEFT tuner (PEFT 0.20 or later) and needs no other package:\n\n"
             if plain_peft
             else "It is an adapter of PEFT's BEFT tuner, which refuses the `Conv1D` layers of this base model by "
-            "itself: `load_adapter` of [beft_trl](https://pypi.org/project/beft-trl/) puts it there.\n\n"
+            "itself: `load_adapter` of beft_trl (`pip install beft-trl`) puts it there.\n\n"
         )
         + f"```python\nfrom {'peft import PeftModel' if plain_peft else 'beft_trl import load_adapter'}\n"
         f"from transformers import {'AutoConfig, ' if saved_whole else ''}{auto_class}, AutoTokenizer\n\n"

@@ -295,6 +295,15 @@ def test_bad_input_is_one_error_and_writes_nothing(kind, message, tmp_path):
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
+def test_an_output_where_nothing_can_be_made_is_one_error(tmp_path):
+    model = build("llama")
+    saved(model, tmp_path, of_term(model))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file/merged cannot be written .*: nothing was written"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "file" / "merged")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_merge_that_is_wrong_is_found_and_removed(tmp_path, monkeypatch):
     model = build("llama")
     saved(model, tmp_path, of_term(model))

@@ -10,7 +10,7 @@ from conftest import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from beft_trl.demo import make_demo
-from beft_trl.engines import matrix
+from beft_trl.engines import ENGINES, PRECISIONS, condition
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -67,7 +67,15 @@ def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
 
 
 def test_the_matrix_is_the_one_that_the_refusals_enforce():
-    assert matrix() in README
+    table = re.search(r"\| base weights \|(.*?)\n\n(.*?)\n\n", README, flags=re.DOTALL)
+    heading, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[:-3]]
+    assert heading[1:] == list(ENGINES.values())
+    assert [row[0] for row in rows] == list(PRECISIONS.values())
+    notes = dict(re.findall(r"\((\d)\) with (.*?)[;.]", table[2]))
+    for row, precision in zip(rows, PRECISIONS, strict=True):
+        for cell, engine in zip(row[1:], ENGINES, strict=True):
+            note = re.fullmatch(r"yes(?: \((\d)\))?", cell)[1]
+            assert notes.get(note) == condition(engine, precision), (precision, engine)
 
 
 def test_every_recipe_that_is_named_exists():

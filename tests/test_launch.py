@@ -1,0 +1,55 @@
+"""What a launch configuration starts, read without starting it; test_distributed.py starts them."""
+
+import json
+
+import pytest
+
+from beft_trl import engines
+from beft_trl.launch import SHIPPED, launch_command, launched_engine
+
+
+def write(folder, **settings):
+    file = folder / "launch.yaml"
+    file.write_text(json.dumps({"compute_environment": "LOCAL_MACHINE", "num_processes": 2, **settings}))
+    return str(file)
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_shipped_configuration_starts_the_engine_of_its_name(file):
+    expected = file.stem.removesuffix("_cpu").removesuffix("_two_nodes")
+    assert launched_engine(file.stem)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("zero", "engine"),
+    [
+        ({"stage": 1}, "zero1"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "zero2"),
+        ({"stage": 3, "offload_param": {"device": "none"}}, "zero3"),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, "zero3_offload"),
+    ],
+)
+def test_a_file_of_deepspeed_tells_its_engine(tmp_path, zero, engine):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    settings = {"deepspeed_config_file": str(tmp_path / "ds.json")}
+    file = write(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=settings)
+    assert launched_engine(file) == (engine, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distributed_type": "FSDP"}, "FSDP is not supported.*--launch zero3"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 0}}, "zero_stage 0 .*--launch ddp"),
+    ],
+)
+def test_an_engine_that_is_not_among_the_cells_is_refused_before_it_is_launched(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        launch_command(write(tmp_path, **settings), ["train", "recipe.yaml"])
+
+
+def test_without_deepspeed_its_launcher_is_not_started(monkeypatch):
+    monkeypatch.setattr(engines, "is_deepspeed_available", lambda: False)
+    with pytest.raises(ImportError, match=r"ZeRO-2 needs DeepSpeed.*pip install 'beft-trl\[deepspeed\]'"):
+        launch_command("zero2", ["train", "recipe.yaml"])
+    assert launch_command("ddp", ["train", "recipe.yaml"])[-2:] == ["train", "recipe.yaml"]
