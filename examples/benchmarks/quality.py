@@ -52,7 +52,7 @@ class Arm:
 BIAS_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 # By their scores query and key are small beside what they stand beside: with the value's rates alone they would lose.
 LARGE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-RELATIVE_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+RELATIVE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 QUERY_AND_VALUE = ["q_proj", "v_proj"]
 OUTPUT_PROJECTION = r".*\.self_attn\.(o_proj|out_proj)"
