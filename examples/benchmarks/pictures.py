@@ -4,7 +4,7 @@ Each picture stands in this folder's README, and is left out where its results a
 """
 
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, geometric_mean, stdev
 
 import cost
 import quality
@@ -19,29 +19,33 @@ KINDS = {"BEFT": "tab:blue", "PEFT BEFT": "tab:cyan", "output bias": "tab:cyan",
 
 
 def draw_quality(arms: dict[str, list[dict]], axes: Axes) -> None:
-    """Test loss over the number of trained parameters, with the spread over seeds."""
-    for arm, lines in arms.items():
-        if arm in quality.VARIANTS:
-            continue
-        losses = [line["test"]["nll"] for line in lines]
-        if not lines[0]["trainable"]:
-            axes.axhline(losses[0], color="grey", linestyle=":", label=arm)
-            continue
+    """Test loss of each arm, best first, with the spread over seeds and the number of trained parameters.
+
+    Left out are the model as it was, whose loss is many times that of the others, and the variants of one arm.
+    """
+    losses = {
+        arm: [line["test"]["nll"] for line in lines]
+        for arm, lines in arms.items()
+        if arm not in quality.VARIANTS and lines[0]["trainable"]
+    }
+    names = sorted(losses, key=lambda arm: fmean(losses[arm]))
+    for row, arm in enumerate(names):
+        spread = stdev(losses[arm]) if len(losses[arm]) > 1 else 0.0
         color = next((color for kind, color in KINDS.items() if arm.startswith(kind)), "tab:grey")
-        spread = stdev(losses) if len(losses) > 1 else 0.0
-        axes.errorbar(lines[0]["trainable"], fmean(losses), spread, fmt="o", color=color, capsize=3)
-        axes.annotate(arm, (lines[0]["trainable"], fmean(losses)), (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="loss on the test rows")
+        axes.errorbar(fmean(losses[arm]), row, xerr=spread, fmt="o", color=color, capsize=3)
+    axes.set_yticks(range(len(names)), [f"{arm} ({arms[arm][0]['trainable']:,})" for arm in names], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="loss on the test rows")
 
 
 def draw_selection(judged: dict[tuple, list[selection.Judgement]], model: str, axes: Axes) -> None:
-    """Share of cells in which a score finds the best term, over the steps that it takes."""
+    """How many times the second term's score the first has, over the scoring steps; geometric mean of the cells."""
     for score in selection.SCORES:
         for anchor in dict.fromkeys(key[1] for key in judged if key[0] == model):
             cells = {key[3]: cells for key, cells in judged.items() if key[:3] == (model, anchor, score)}
-            found = [fmean(cell.first for cell in of_steps) for of_steps in cells.values()]
-            axes.plot([str(steps) for steps in cells], found, "o-", label=f"{score}, {anchor}")
-    axes.set(ylim=(-0.05, 1.05), xlabel="scoring steps", ylabel="best term found, share of cells")
+            margins = [geometric_mean(cell.margin for cell in of_steps) for of_steps in cells.values()]
+            axes.plot([str(steps) for steps in cells], margins, "o-", label=f"{score}, {anchor}")
+    axes.set(yscale="log", xlabel="scoring steps", ylabel="score of the first term, of the second's")
     axes.legend(fontsize=7)
 
 
