@@ -14,6 +14,7 @@ ANCHORS = {
     "bias": "the model's own bias",
     "activation": "the mean output of its projection over the tokens of the scoring batches",
 }
+COLUMNS = ("term", "importance", "magnitude", "Fisher", "layers", "parameters", "")
 HEAT_MAP_FILE = "beft_scores.png"
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -42,20 +43,30 @@ def scores_table(scores: BiasScores, trainable: int, total: int | None) -> Table
         total: number of parameters of the whole model, or `None` where that is not known.
     """
     table = Table(title=f"Bias terms of {scores.base_model or 'the model'}", caption=choice(scores, trainable, total))
-    for heading in ("term", "importance", "magnitude", "Fisher", "layers", "parameters", ""):
+    for heading in COLUMNS:
         table.add_column(heading, justify="left" if heading in ("term", "") else "right")
+    for row in _rows(scores):
+        name, state = row[0], row[-1]
+        table.add_row(*row, style="bold" if name == scores.selected else "dim" if state == "dead" else "")
+    return table
+
+
+def _rows(scores: BiasScores) -> list[list[str]]:
+    """One row of `COLUMNS` for each term, the ranked ones first."""
+    rows = []
     for name in [*scores.ranking, *(name for name in scores.terms if name not in scores.ranking)]:
         term = scores.terms[name]
         values = [term.score(score) for score in SCORE_OF_METHOD.values()]
-        table.add_row(
-            name,
-            *("" if value is None else f"{value:.2e}" for value in values),
-            str(len(term.layers)) if term.layers else "",
-            f"{term.parameters:,}",
-            "dead" if term.dead else ("trained" if scores.selected in (name, "all") else ""),
-            style="bold" if name == scores.selected else "dim" if term.dead else "",
+        rows.append(
+            [
+                name,
+                *("" if value is None else f"{value:.2e}" for value in values),
+                str(len(term.layers) or ""),
+                f"{term.parameters:,}",
+                "dead" if term.dead else "trained" if scores.selected in (name, "all") else "",
+            ]
         )
-    return table
+    return rows
 
 
 def choice(scores: BiasScores, trainable: int, total: int | None) -> str:
@@ -175,10 +186,5 @@ def model_card(
 
 
 def _markdown_table(scores: BiasScores) -> str:
-    lines = ["| term | importance | magnitude | Fisher | parameters | |", "|---|---:|---:|---:|---:|---|"]
-    for name, term in scores.terms.items():
-        values = [term.score(score) for score in SCORE_OF_METHOD.values()]
-        cells = ["" if value is None else f"{value:.2e}" for value in values]
-        note = "dead" if term.dead else "trained" if scores.selected in (name, "all") else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {term.parameters:,} | {note} |")
-    return "\n".join(lines)
+    rows = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 2), "---"), *_rows(scores)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -71,8 +71,8 @@ The value bias of every attention layer of `facebook/opt-125m`, fine-tuned with 
 Selected: the value bias, first by importance after 5 steps, .* 48 trainable of 9,600 parameters \(0\.5000%\)\. .*
 
 \| term \| importance .*
-\| value \| 8\.00e-04 \| 4\.00e-04 \| 2\.00e-04 \| 48 \| trained \|
-
+\| value \| 8\.00e-04 \| 4\.00e-04 \| 2\.00e-04 \| 3 \| 48 \| trained \|
+.*
 !\[.*\]\(beft_scores\.png\)
 
 ## How to load it
