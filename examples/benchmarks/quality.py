@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 
 import records
 import torch
@@ -222,7 +222,7 @@ def report(results: Path) -> None:
             trained, size, peak = (lines[0][name] for name in ("trainable", "file_bytes", "peak_bytes"))
             print(
                 f"| {arm} | {rates} | {nll} | {accuracy} | "
-                f"{trained:,} | {size:,} | {fmean(line['seconds'] for line in lines):.0f} | {peak / 2**30:.2f} |"
+                f"{trained:,} | {size:,} | {median(line['seconds'] for line in lines):.0f} | {peak / 2**30:.2f} |"
             )
 
 
