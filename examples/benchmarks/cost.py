@@ -48,8 +48,8 @@ GROWING = ("PEFT BEFT", "BEFT", "LoRA r=8, q and v", "full")
 BATCH, LENGTH = 4, 128
 DEPTH = {"models/opt-small": 6, "models/SmolLM2-135M-Instruct": 30, QUICK_MODEL: 2}
 WARMING_UP = 3  # steps
-# glibc gives large tensors fresh pages in every step until a process's heap has grown, as it does in a scoring pass: an
-# arm that had one before its run was a tenth faster for that alone.
+# glibc gives large tensors fresh pages in every step until a process's heap has grown, as it does in a scoring pass.
+# For that alone, an arm that had one before its run was a tenth faster.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 DEFAULT_SCORE_STEPS = 5  # of a run of 50 steps or more; these are shorter
 
