@@ -108,8 +108,8 @@ def refuse_cell(engine: str, args: TrainingArguments, quantization: BitsAndBytes
     if precision == "4bit" and storage != _name(dtype):
         raise ValueError(
             f"4-bit weights stored as {storage} under {ENGINES[engine]} with dtype={_name(dtype)}: ZeRO-3 splits only "
-            f"floating-point storage. Set bnb_4bit_quant_storage: {_name(dtype)}, or use ZeRO-2, "
-            "which takes any."
+            f"floating-point storage. Set bnb_4bit_quant_storage: {_name(dtype)}, or use ZeRO-2, which takes "
+            "any."
         )
 
 

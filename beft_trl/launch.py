@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -38,18 +39,7 @@ def launched_engine(name: str) -> tuple[str, int]:
         OSError, ValueError: for a file that cannot be read, or an engine that is not among them.
     """
     config = load_config_from_file(str(launch_config(name)))
-    if config.distributed_type == "FSDP":
-        raise ValueError(FSDP_REFUSED)
-    if config.distributed_type != "DEEPSPEED":
-        return ("ddp" if config.num_processes > 1 else "single"), config.num_processes
-    settings = config.deepspeed_config
-    if "deepspeed_config_file" in settings:
-        text = Path(settings["deepspeed_config_file"]).read_text(encoding="utf-8")
-        zero = json.loads(text).get("zero_optimization", {})
-    else:
-        offload = {f"offload_{what}": {"device": settings.get(f"offload_{what}_device")} for what in OFFLOADED}
-        zero = {"stage": settings.get("zero_stage", ACCELERATES_STAGE), **offload}
-    return zero_engine(zero), config.num_processes
+    return _engine(config), config.num_processes
 
 
 def launch_command(name: str | None, arguments: Sequence[str]) -> list[str]:
@@ -61,8 +51,23 @@ def launch_command(name: str | None, arguments: Sequence[str]) -> list[str]:
     module = ["-m", "beft_trl.cli", *arguments]
     if name is None:
         return [sys.executable, *module]
-    require_packages(launched_engine(name)[0])  # the launcher's own error is a traceback
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_config(name))]
-    if load_config_from_file(str(launch_config(name))).num_machines == 1:
+    file = str(launch_config(name))
+    config = load_config_from_file(file)
+    require_packages(_engine(config))  # the launcher's own error is a traceback
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
+    if config.num_machines == 1:
         launcher += ["--main_process_port", "0"]  # any free one
     return [*launcher, *module]
+
+
+def _engine(config: Any) -> str:
+    if config.distributed_type == "FSDP":
+        raise ValueError(FSDP_REFUSED)
+    if config.distributed_type != "DEEPSPEED":
+        return "ddp" if config.num_processes > 1 else "single"
+    settings = config.deepspeed_config
+    if "deepspeed_config_file" in settings:
+        text = Path(settings["deepspeed_config_file"]).read_text(encoding="utf-8")
+        return zero_engine(json.loads(text).get("zero_optimization", {}))
+    offload = {f"offload_{what}": {"device": settings.get(f"offload_{what}_device")} for what in OFFLOADED}
+    return zero_engine({"stage": settings.get("zero_stage", ACCELERATES_STAGE), **offload})
