@@ -56,7 +56,9 @@ class BeftArgs(BaseModel):
     beft_score_steps: int | None = Field(
         default=None,
         ge=1,
-        json_schema_extra={"description": "Optimizer steps of the scoring pass. Default: 5, or a tenth of the run."},
+        json_schema_extra={
+            "description": "Optimizer steps of the scoring pass. Default: 5, or a thirtieth of the run."
+        },
     )
     beft_score_learning_rate: float | None = Field(
         default=None,

@@ -30,7 +30,8 @@ class BeftConfigMixin:
         score_method: how the terms are ranked: `"beft"` (angle and change of magnitude together), `"magnitude"` or
             `"fisher"`. All three are reported.
         score_steps: optimizer steps of the scoring pass, which runs over as many batches a second time for the
-            gradients before any update. `None` stands for 5, or a tenth of a run of fewer than 50 steps.
+            gradients before any update. `None` stands for 5, or a thirtieth of a run of fewer than 150 steps, but at
+            least 2: about a tenth of the time of 100 steps.
         score_learning_rate: constant learning rate of the scoring pass.
         score_anchor: the biases that the change is measured from: `"bias"`, the model's own, `"activation"`, the mean
             of each projection's output over the tokens of the scoring batches, or `"auto"`, the model's own where
@@ -58,7 +59,9 @@ class BeftConfigMixin:
     )
     score_steps: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps of the scoring pass. Default: 5, or a tenth of a run under 50 steps."},
+        metadata={
+            "help": "Optimizer steps of the scoring pass. Default: 5, or a thirtieth of a run under 150, at least 2."
+        },
     )
     score_learning_rate: float = field(default=1e-3, metadata={"help": "Constant learning rate of the scoring pass."})
     score_anchor: str = field(
@@ -126,8 +129,8 @@ class BeftSFTConfig(BeftConfigMixin, SFTConfig):
         learning_rate: 3e-3. A bias has no multiplicative effect to blow up, and 2e-5 would hardly move it; the paper
             has 1e-3.
         weight_decay: 0.0. Decay would pull a bias back towards the pretrained one.
-        bf16: as in TRL, on where neither it nor `fp16` is given, but off where the device cannot (TRL's own default
-            is an error there).
+        bf16: on where neither it nor `fp16` is given and the device is a GPU that can. TRL's own default is an error
+            on one that cannot, and on a CPU without AVX512 a hundred times slower than fp32.
     """
 
     learning_rate: float = field(default=3e-3, metadata={"help": "The initial learning rate for AdamW."})
@@ -135,7 +138,7 @@ class BeftSFTConfig(BeftConfigMixin, SFTConfig):
 
     def __post_init__(self):
         if self.bf16 is None and not self.fp16:
-            self.bf16 = self.use_cpu or is_torch_bf16_gpu_available()
+            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.utils import is_bitsandbytes_available
@@ -62,6 +63,14 @@ def precision_of(quantization: BitsAndBytesConfig | None, dtype: Any) -> str:
     if quantization is not None and getattr(quantization, "load_in_4bit", False):
         return "4bit"
     return "bf16" if _name(dtype) == "bfloat16" else "fp32"
+
+
+def slow_16_bits(device: torch.device) -> bool:
+    """Whether `device` is a processor without instructions for bf16 and fp16, which it multiplies number by number.
+
+    On an x86 CPU with AVX2 alone that takes a hundred times as long as fp32.
+    """
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX")
 
 
 def condition(engine: str, precision: str) -> str | None:

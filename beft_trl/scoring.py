@@ -145,13 +145,16 @@ class ScoringMixin:
         if asked is not None and asked > run_steps:
             raise ValueError(
                 f"score_steps={asked} is more than the {run_steps} optimizer steps of this run. Give at most "
-                f"{run_steps}, leave it out for a tenth of the run, or name the bias_term."
+                f"{run_steps}, leave it out, or name the bias_term."
             )
-        steps = asked or min(DEFAULT_SCORE_STEPS, max(1, run_steps // 10))
-        if asked is None and steps < DEFAULT_SCORE_STEPS:
+        if asked is not None:
+            return asked
+        # A step of scoring costs two of training. Adam's first moves every bias equally far, so that one tells little.
+        steps = min(DEFAULT_SCORE_STEPS, max(2, run_steps // 30), run_steps)
+        if steps < DEFAULT_SCORE_STEPS:
             logger.warning(
-                f"The scoring pass takes {steps} of its usual {DEFAULT_SCORE_STEPS} steps, a tenth of this run of "
-                f"{run_steps} steps. Set score_steps for another number."
+                f"The scoring pass takes {steps} of its usual {DEFAULT_SCORE_STEPS} steps, since this run has "
+                f"{run_steps}. Set score_steps for another number."
             )
         return steps
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, PeftType
 from rich.console import Console
@@ -26,7 +27,7 @@ from .checkpoints import (
 )
 from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
 from .deltas import check_moved, gather_deltas, gather_saved_whole
-from .engines import engine_of, refuse_cell
+from .engines import engine_of, refuse_cell, slow_16_bits
 from .importance import BiasScores
 from .labels import check_columns, drop_masked
 from .layout import TERMS, find_bias_sites, sites_of_term, skeleton_of
@@ -42,6 +43,9 @@ from .tuner import (
     deltas_to_fp32,
     keep_4bit_trainable,
 )
+
+
+logger = get_logger(__name__)
 
 
 class BeftTrainerMixin(ScoringMixin, SavingMixin):
@@ -94,6 +98,12 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
             raise RuntimeError(
                 f"{launched} processes were launched, but they do not form one distributed run: each would train by "
                 "itself. On a CPU set use_cpu=True and ddp_backend='gloo'."
+            )
+        if slow_16_bits(self.args.device) and (self.model.dtype.itemsize == 2 or self.args.bf16 or self.args.fp16):
+            logger.warning(
+                f"dtype={self.model.dtype}, bf16={self.args.bf16} and fp16={self.args.fp16} on a processor without "
+                "instructions for 16 bits: a step takes up to a hundred times as long as in fp32. Use dtype=float32 "
+                "and bf16=False."
             )
         self._all_sites = sites
         self._sites = list(candidates)

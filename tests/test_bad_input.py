@@ -43,13 +43,10 @@ def test_more_scoring_steps_than_the_run_has(make_trainer):
 
 
 def test_the_default_scoring_pass_shortens_itself_and_says_so(make_trainer, caplog):
-    trainer = make_trainer(make_llama(), max_steps=20, score_steps=None)
-    trainer.train()
-    assert trainer.bias_scores.steps == 2
-    assert "takes 2 of its usual 5 steps, a tenth of this run of 20 steps" in caplog.text
-    trainer = make_trainer(make_llama(), num_train_epochs=0.25, max_steps=-1, score_steps=None)
-    trainer.train()
-    assert trainer.bias_scores.steps == 1
+    for run, steps in ((1, 1), (20, 2), (100, 3), (150, 5), (1000, 5)):
+        trainer = make_trainer(make_llama(), max_steps=run, score_steps=None)
+        assert trainer.score().steps == steps
+        assert (f"takes {steps} of its usual 5 steps, since this run has {run}." in caplog.text) == (steps < 5)
 
 
 def test_a_peft_config_beside_bias_term(make_trainer):

@@ -46,5 +46,5 @@ def test_suite(quick):
 
     report, lines = quick("cost")
     assert all(line["machine"] and line["versions"] and line["peak_bytes"] > 0 for line in lines)
-    assert next(line for line in lines if line["arm"] == "BEFT")["scoring_seconds"] > 0
+    assert next(line for line in lines if line["arm"] == "BEFT")["scoring_seconds"]["5"] > 0
     assert "| PEFT BEFT |" in report and "| 1000 steps |" in report

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import make_llama
 from transformers import BitsAndBytesConfig
 
 from beft_trl.engines import engine_of, precision_of
@@ -24,3 +25,20 @@ def test_fsdp_is_refused_with_what_works_instead(make_config):
     config.fsdp = "full_shard"
     with pytest.raises(ValueError, match="FSDP is not supported.*--launch zero3"):
         engine_of(config)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "settings", "warned"),
+    [
+        ("AVX2", torch.bfloat16, {}, True),
+        ("AVX2", torch.float32, {"bf16": True}, True),
+        ("AVX2", torch.float32, {}, False),
+        ("AVX512", torch.bfloat16, {}, False),
+    ],
+)
+def test_a_processor_without_instructions_for_16_bits_is_told_of(
+    capability, dtype, settings, warned, make_trainer, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    make_trainer(make_llama().to(dtype), **settings)
+    assert ("without instructions for 16 bits" in caplog.text) == warned

@@ -51,7 +51,7 @@ WARMING_UP = 3  # steps
 # glibc gives large tensors fresh pages in every step until a process's heap has grown, as it does in a scoring pass.
 # For that alone, an arm that had one before its run was a tenth faster.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-DEFAULT_SCORE_STEPS = 5  # of a run of 50 steps or more; these are shorter
+SCORE_STEPS = {100: 3, 1000: 5}  # by default, in a run of so many steps; these runs are shorter
 
 
 def first_shape(model: str) -> dict:
@@ -155,28 +155,34 @@ def measure_trainer(cell: dict, model, rows: Dataset) -> dict:
         }
         if arm.startswith("BEFT"):
             term = "all" if arm == "BEFT all" else "auto"
-            score_steps = min(DEFAULT_SCORE_STEPS, cell["steps"])
-            trainer = BeftSFTTrainer(model, BeftSFTConfig(bias_term=term, score_steps=score_steps, **config), **data)
+            trainer = BeftSFTTrainer(model, BeftSFTConfig(bias_term=term, score_steps=2, **config), **data)
         else:
             adapter = ADAPTERS[arm]() if arm in ADAPTERS else None
             trainer = SFTTrainer(model, SFTConfig(**config), peft_config=adapter, **data)
-        started, measured = now(), {}
-        trainer.train()
+        measured = {}
         if arm == "BEFT":
-            measured["scoring_seconds"] = watch.begun - started
-            measured["scoring_steps"] = trainer.bias_scores.steps
+            measured["scoring_seconds"] = {
+                str(steps): seconds_to_score(trainer, steps) for steps in SCORE_STEPS.values()
+            }
+        trainer.train()
         checkpoint = Path(folder, f"checkpoint-{cell['steps']}")
         measured["checkpoint_bytes"] = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     return {**measured, "step_seconds": watch.steps, "checkpoint_seconds": watch.saving}
 
 
+def seconds_to_score(trainer: BeftSFTTrainer, steps: int) -> float:
+    started = now()
+    trainer.score(steps)
+    return now() - started
+
+
 class Stopwatch(TrainerCallback):
     def __init__(self):
-        self.steps, self.begun, self.last, self.saving = [], None, None, None
+        self.steps, self.last, self.saving = [], None, None
 
     def on_train_begin(self, *args, **kwargs):
         # The scoring pass calls no callback of the user's, so it lies before this.
-        self.begun = self.last = now()
+        self.last = now()
 
     def on_step_end(self, *args, **kwargs):
         self.steps.append(now() - self.last)
@@ -233,12 +239,12 @@ def report_arms(model: str, arms: dict[str, list[dict]]) -> None:
 
 
 def report_scoring(arms: dict[str, list[dict]]) -> None:
-    scoring = median(line["scoring_seconds"] for line in arms["BEFT"])
-    print(f"\nThe scoring pass takes {scoring:.2f} s for {arms['BEFT'][0]['scoring_steps']} steps:\n")
-    print("| run | share of it | the paper's run of all biases, times the scoring pass |\n|---:|---:|---:|")
-    for steps in (100, 1000):
+    print("\n| run | scoring steps | seconds | share of the run | the paper's run of all biases, times the pass |")
+    print("|---:|---:|---:|---:|---:|")
+    for steps, score_steps in SCORE_STEPS.items():
+        scoring = median(line["scoring_seconds"][str(score_steps)] for line in arms["BEFT"])
         share, times = scoring / (steps * seconds(arms["BEFT"])), steps * seconds(arms["BEFT all"]) / scoring
-        print(f"| {steps} steps | {share:.1%} | {times:.0f} |")
+        print(f"| {steps} steps | {score_steps} | {scoring:.2f} | {share:.1%} | {times:.0f} |")
 
 
 def report_growth(first: dict[str, list[dict]], others: dict[tuple, dict[str, list[dict]]]) -> None:
@@ -255,7 +261,7 @@ def report_growth(first: dict[str, list[dict]], others: dict[tuple, dict[str, li
 if __name__ == "__main__":
     parser = records.make_parser(__doc__, "cost.jsonl")
     parser.add_argument("--models", nargs="+", default=FULL_MODELS)
-    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one shape of models/opt-quick, to see that it works")
     parser.add_argument("--cell", help=argparse.SUPPRESS)  # one run, in this process

@@ -14,24 +14,24 @@ import sys
 RECIPE = "recipes/demo.yaml"
 # Long rows in large batches, so that activations and logits weigh: every row is a conversation of 512 tokens.
 LONG = ["--packing=true", "--packing_strategy=wrapped", "--max_length=512"]
-FP32 = ["--dtype=float32"]
+BF16 = ["--dtype=bfloat16"]
 CONFIGURATIONS = {
-    "bf16, 2 x 56": (None, []),
-    "fp32, 2 x 56": (None, FP32),
-    "fp32, 4 x 512": (None, [*FP32, *LONG, "--per_device_train_batch_size=4"]),
+    "bf16, 2 x 56": (None, BF16),
+    "fp32, 2 x 56": (None, []),
+    "fp32, 4 x 512": (None, [*LONG, "--per_device_train_batch_size=4"]),
     "fp32, 4 x 512, checkpointing": (
-        None, [*FP32, *LONG, "--per_device_train_batch_size=4", "--gradient_checkpointing=true"]
+        None, [*LONG, "--per_device_train_batch_size=4", "--gradient_checkpointing=true"]
     ),
-    "bf16, 4 x 512": (None, [*LONG, "--per_device_train_batch_size=4"]),
+    "bf16, 4 x 512": (None, [*BF16, *LONG, "--per_device_train_batch_size=4"]),
     "bf16, 8 x 512, checkpointing": (
-        None, [*LONG, "--per_device_train_batch_size=8", "--gradient_checkpointing=true"]
+        None, [*BF16, *LONG, "--per_device_train_batch_size=8", "--gradient_checkpointing=true"]
     ),
-    "8-bit, 2 x 56": (None, ["--load_in_8bit=true"]),
-    "8-bit, 4 x 512": (None, ["--load_in_8bit=true", *LONG, "--per_device_train_batch_size=4"]),
-    "4-bit, 4 x 512": (None, ["--load_in_4bit=true", *LONG, "--per_device_train_batch_size=4"]),
-    "bf16, 2 x 512, DDP": ("ddp", LONG),
-    "bf16, 2 x 512, ZeRO-2": ("zero2", LONG),
-    "fp32, 2 x 512, ZeRO-3": ("zero3", [*FP32, *LONG]),
+    "8-bit, 2 x 56": (None, [*BF16, "--load_in_8bit=true"]),
+    "8-bit, 4 x 512": (None, [*BF16, "--load_in_8bit=true", *LONG, "--per_device_train_batch_size=4"]),
+    "4-bit, 4 x 512": (None, [*BF16, "--load_in_4bit=true", *LONG, "--per_device_train_batch_size=4"]),
+    "bf16, 2 x 512, DDP": ("ddp", [*BF16, *LONG]),
+    "bf16, 2 x 512, ZeRO-2": ("zero2", [*BF16, *LONG]),
+    "fp32, 2 x 512, ZeRO-3": ("zero3", LONG),
 }  # fmt: skip
 RUN = [
     "--max_steps=2",

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from tasks import QUICK_MODEL, QUICK_TASK, alpaca_prompt, load_task, pretraining_alpaca, pretraining_sst2
+from tasks import FAST_BF16, QUICK_MODEL, QUICK_TASK, alpaca_prompt, load_task, pretraining_alpaca, pretraining_sst2
 from tokenizers import ByteLevelBPETokenizer
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -67,7 +67,7 @@ def main(texts: list[str], output: Path, minutes: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * min(passed / WARMUP, cosine)
         batch = rows[torch.randint(len(rows), (BATCH,))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BF16):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -23,6 +23,7 @@ def append(results: Path, line: dict) -> None:
         "versions": {name: version(name) for name in PACKAGES},
         "machine": {
             "processor": platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
