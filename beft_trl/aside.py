@@ -1,6 +1,7 @@
 """A short training aside of a run, which leaves the trainer, its random state and its data order as they were."""
 
 import copy
+import gc
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,24 @@ def set_aside(
                 plugin.hf_ds_config.config.clear()
                 plugin.hf_ds_config.config.update(deepspeed_config)
             trainer.accelerator.free_memory()  # collects garbage, too
+
+
+@contextmanager
+def short_collections() -> Iterator[None]:
+    """Inside, garbage collections pass over what exists already, most of it imported libraries.
+
+    Trainer and accelerate collect before and behind each run, a third of a second each time: as much as all else in a
+    scoring pass of fast steps.
+    """
+    if gc.get_freeze_count():  # the user's own, which `unfreeze` would undo
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

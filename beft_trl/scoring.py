@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from .aside import random_state_kept, set_aside
+from .aside import random_state_kept, set_aside, short_collections
 from .deltas import gather_deltas, gather_saved_whole, native_biases, restore_saved_whole, zero_deltas
 from .importance import BiasScores, LayerScores, TermScores, fisher, importance, magnitude, rank
 from .layout import TERMS, BiasSite, BiasSites
@@ -55,7 +55,7 @@ class ScoringMixin:
         self._own_biases()  # where they cannot serve as anchor, that is refused before the first step
         terms = [term for term in TERMS if any(site.term == term for site in self._sites)]
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
-        with closing(ScoringProgress(terms, 2 * steps, disable=quiet)) as progress:
+        with closing(ScoringProgress(terms, 2 * steps, disable=quiet)) as progress, short_collections():
             with ScoringProbe(self.model, self._sites, self.accelerator) as probe:
                 untouched = self._train_aside(steps, 0.0, probe, progress)
             if self._verdict is None:

@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import subprocess
@@ -34,6 +35,7 @@ def test_phase_two_is_bit_equal_to_a_run_with_the_term_given(make_trainer, make_
     auto.train()
     given = make_trainer(make_model(), bias_term=auto.selected_bias_term, **settings)
     given.train()
+    assert gc.get_freeze_count() == 0  # what the scoring pass kept from collections is back
     assert losses(auto) == losses(given)
     found, expected = tensors(auto.model), tensors(given.model)
     assert found.keys() == expected.keys()
