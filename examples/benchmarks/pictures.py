@@ -55,6 +55,7 @@ def draw_cost(arms: dict[str, list[dict]], axes: Axes) -> None:
     axes.barh(list(times), list(times.values()), color="tab:blue")
     for row, ratio in enumerate(times.values()):
         axes.annotate(f"{ratio:.2f}", (ratio, row), (3, -3), textcoords="offset points", fontsize=7)
+    axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set(xlabel="step time, of a frozen forward and backward pass")
 
