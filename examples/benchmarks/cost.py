@@ -239,10 +239,10 @@ def report_arms(model: str, arms: dict[str, list[dict]]) -> None:
 
 
 def report_scoring(arms: dict[str, list[dict]]) -> None:
+    measured = [line["scoring_seconds"] for line in arms["BEFT"] if "scoring_seconds" in line]
     print("\n| run | scoring steps | seconds | share of the run | the paper's run of all biases, times the pass |")
     print("|---:|---:|---:|---:|---:|")
     for steps, score_steps in SCORE_STEPS.items():
-        measured = [line["scoring_seconds"] for line in arms["BEFT"] if "scoring_seconds" in line]
         scoring = median(each[str(score_steps)] for each in measured)
         share, times = scoring / (steps * seconds(arms["BEFT"])), steps * seconds(arms["BEFT all"]) / scoring
         print(f"| {steps} steps | {score_steps} | {scoring:.2f} | {share:.1%} | {times:.0f} |")
