@@ -103,10 +103,11 @@ def score(
     ] = None,
 ) -> None:
     """Runs the scoring pass alone, prints its table, and writes the scores and their heat map."""
+    counts = _numbers(steps)
     from .run import score as run_score
 
     overrides = [] if method is Method.recipe else ["--score_method", method.value]
-    run_score(_parse(recipe, [*context.args, "--bias_term", "auto", *overrides]), _numbers(steps), output)
+    run_score(_parse(recipe, [*context.args, "--bias_term", "auto", *overrides]), counts, output)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

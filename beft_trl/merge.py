@@ -28,9 +28,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 PROMPT = (
     "When the rain had stopped, she opened the window and wrote down what she still remembered of the long journey."
 )
-WEIGHT_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
+# Weights that are not merged: not copied, nor downloaded.
+OTHER_WEIGHT_FILES = (
     "*.bin",
     "*.bin.index.json",
     "*.pt",
@@ -40,6 +39,7 @@ WEIGHT_FILES = (
     "*.msgpack",
     "*.onnx",
 )
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHT_FILES)
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -166,7 +166,7 @@ def _base_folder(base: str | Path | None) -> Path:
     if Path(base).is_dir():
         return Path(base)
     try:
-        return Path(snapshot_download(str(base), ignore_patterns=["*.bin", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]))
+        return Path(snapshot_download(str(base), ignore_patterns=list(OTHER_WEIGHT_FILES)))
     except Exception as error:  # the hub's errors have no common ancestor
         reason = str(error).splitlines()[0]
         raise MergeError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_llama, make_opt, make_rows, make_tokenizer
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import BeftConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import MambaConfig, MambaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, TrainerCallback
 from trl import SFTConfig
 
@@ -134,6 +134,40 @@ def test_a_bias_anchor_without_biases(make_trainer):
     trainer = make_trainer(make_llama(), score_anchor="bias")
     with pytest.raises(ValueError, match="score_anchor='bias' says nothing"):
         trainer.train()
+
+
+def test_a_scoring_pass_without_a_batch(make_trainer):
+    trainer = make_trainer(rows=make_rows(2), per_device_train_batch_size=4, dataloader_drop_last=True)
+    with pytest.raises(RuntimeError, match="got no batch: the training data are fewer than one batch"):
+        trainer.train()
+
+
+def test_a_layer_that_takes_no_part(make_trainer):
+    model = make_llama()
+    model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.q_proj takes no part in the forward pass"):
+        make_trainer(model).train()
+
+
+def test_a_mask_that_does_not_tell_padding(make_trainer):
+    trainer = make_trainer(make_llama())
+    collate = trainer.data_collator
+
+    def with_one_mask_for_each_query(rows):
+        batch = collate(rows)
+        length = batch["input_ids"].shape[1]
+        batch["attention_mask"] = torch.ones(length, length, dtype=torch.bool).tril().expand(len(rows), 1, -1, -1)
+        return batch
+
+    trainer.data_collator = with_one_mask_for_each_query
+    with pytest.raises(RuntimeError, match="real tokens cannot be told from padding.*explicit bias_term"):
+        trainer.train()
+
+
+def test_a_model_with_an_adapter_of_another_name(make_trainer):
+    model = get_peft_model(make_llama(), BeftConfig(target_modules=["v_proj"]), adapter_name="mine")
+    with pytest.raises(ValueError, match="has the adapters mine: give it with one, named 'default'"):
+        make_trainer(model)
 
 
 class Poison(TrainerCallback):

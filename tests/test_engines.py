@@ -5,7 +5,8 @@ import torch
 from conftest import make_llama
 from transformers import BitsAndBytesConfig
 
-from beft_trl.engines import engine_of, precision_of
+from beft_trl import engines
+from beft_trl.engines import engine_of, precision_of, refuse_cell
 
 
 def test_one_process_is_the_single_engine(make_config):
@@ -25,6 +26,14 @@ def test_fsdp_is_refused_with_what_works_instead(make_config):
     config.fsdp = "full_shard"
     with pytest.raises(ValueError, match="FSDP is not supported.*--launch zero3"):
         engine_of(config)
+
+
+def test_without_bitsandbytes_a_quantised_base_is_refused(make_config, monkeypatch):
+    monkeypatch.setattr(engines, "is_bitsandbytes_available", lambda: False)
+    refuse_cell("single", make_config(), None, "float32")
+    for bits, quantization in {"8": {"load_in_8bit": True}, "4": {"load_in_4bit": True}}.items():
+        with pytest.raises(ImportError, match=rf"{bits}-bit base weights need .*'beft-trl\[quantization\]'"):
+            refuse_cell("single", make_config(), BitsAndBytesConfig(**quantization), "float32")
 
 
 @pytest.mark.parametrize(

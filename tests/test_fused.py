@@ -58,6 +58,18 @@ def test_only_the_rows_of_the_term_train_under_weight_decay(name, make_config):
     )
 
 
+def test_a_delta_that_moved_outside_its_rows_is_not_saved(make_config, tmp_path):
+    trainer = trained(build("bloom"), make_config)
+    site = trainer._sites[0]
+    with torch.no_grad():
+        delta(trainer.model, site)[0, site.rows[-1] + 1] = 1e-6
+    with pytest.raises(
+        RuntimeError, match=f"delta of {site.module} has moved outside the rows of the {site.term} bias"
+    ):
+        trainer.save_model(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize("name", ["bloom", "gpt2"])
 def test_a_fused_adapter_is_read_back(name, make_config, tmp_path):
     trainer = trained(build(name), make_config)

@@ -266,6 +266,21 @@ def damage(kind, folder):
         save_file({key: torch.cat([value, value], 1) for key, value in load_file(adapter).items()}, adapter)
     elif kind == "no safetensors":
         (folder / "base" / "model.safetensors").unlink()
+    elif kind == "quantised base":
+        config = folder / "base" / "config.json"
+        settings = json.loads(config.read_text())
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True).to_dict()
+        config.write_text(json.dumps(settings))
+    elif kind == "shard missing":
+        (folder / "base" / "model.safetensors").unlink()
+        build("llama").save_pretrained(folder / "base", max_shard_size="20KB")
+        min((folder / "base").glob("model-*.safetensors")).unlink()
+    elif kind == "other names":
+        weights = folder / "base" / "model.safetensors"
+        save_file({f"transformer.{key}": values for key, values in load_file(weights).items()}, weights)
+    elif kind == "tensor missing":
+        weights = folder / "base" / "model.safetensors"
+        save_file({key: value for key, value in load_file(weights).items() if key != "model.norm.weight"}, weights)
     elif kind == "output not empty":
         (folder / "merged").mkdir()
         (folder / "merged" / "mine").write_text("mine")
@@ -282,6 +297,10 @@ def damage(kind, folder):
         ("other layers", r"do not match: the adapter has a delta for model.layers.7.self_attn.v_proj"),
         ("other sizes", r"the delta of model.layers.0.self_attn.v_proj has 32 values, the layer has 16 outputs"),
         ("no safetensors", "has no model.safetensors and no index"),
+        ("quantised base", "holds quantised weights.*the model that they were quantised from"),
+        ("shard missing", "lacks model-00001-of-.*which its index names"),
+        ("other names", r"has no tensor model.layers.*_proj.weight: its names are not"),
+        ("tensor missing", "does not load into LlamaForCausalLM: model.norm.weight is missing"),
         ("output not empty", "is not empty: nothing was written"),
     ],
 )

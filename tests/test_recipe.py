@@ -141,6 +141,13 @@ def test_datasets_that_cannot_be_loaded(settings, error, message):
         load(**settings)
 
 
+def test_files_of_two_kinds(tmp_path):
+    for name in ("rows.json", "rows.csv"):
+        (tmp_path / name).write_text("text\n")
+    with pytest.raises(ValueError, match="train_file and test_file must be of one kind, got csv and json"):
+        load(train_file=str(tmp_path / "rows.json"), test_file=str(tmp_path / "rows.csv"))
+
+
 def test_evaluation_needs_held_out_rows(make_config):
     script_args = BeftScriptArguments()
     assert held_out_rows({"train": []}, script_args, make_config()) is None

@@ -445,6 +445,9 @@ def test_a_model_with_a_beft_adapter_goes_on_training_it(make_trainer, tmp_path)
     third = make_trainer(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"), bias_term=other)
     with pytest.raises(ValueError, match=f"adapter trains the {first.selected_bias_term} bias"):
         third.train()
+    fourth = make_trainer(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"), relative_learning_rate=3e-2)
+    with pytest.raises(ValueError, match="relative_learning_rate is measured before a bias is trained"):
+        fourth.train()
 
 
 @dataclass
