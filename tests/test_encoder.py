@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear8bitLt
 from conftest import VOCABULARY, make_tokenizer
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -229,6 +229,19 @@ def test_a_head_without_its_configuration_is_not_merged(rows, tmp_path):
     trainer.save_model()
     (adapter / "config.json").unlink()
     with pytest.raises(MergeError, match="classifier.bias, which BertModel does not have"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_lacks_a_part_is_not_merged(rows, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_model("bert").base_model.save_pretrained(base)
+    trainer = make_trainer(BertForSequenceClassification.from_pretrained(base), rows, adapter)
+    trainer.train()
+    trainer.save_model()
+    weights = load_file(base / "model.safetensors")
+    save_file({name: values for name, values in weights.items() if "pooler" not in name}, base / "model.safetensors")
+    with pytest.raises(MergeError, match="bert.pooler.dense.bias .* is neither in .* so it would be random"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
