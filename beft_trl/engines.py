@@ -20,10 +20,6 @@ ENGINES = {
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "8bit": "8-bit", "4bit": "4-bit"}
 SPLIT_AT_LOADING = ("zero3", "zero3_offload")
 OFFLOADED = ("optimizer", "param")
-FSDP_REFUSED = (
-    "FSDP is not supported: it has not been shown to keep fp32 deltas beside frozen weights. Use DeepSpeed ZeRO-3, "
-    "which splits the weights too: beft train RECIPE --launch zero3."
-)
 
 
 def engine_of(args: TrainingArguments) -> str:
@@ -32,27 +28,36 @@ def engine_of(args: TrainingArguments) -> str:
     Raises:
         ValueError: for an engine that is not among them.
     """
-    if args.fsdp:
-        raise ValueError(FSDP_REFUSED)
     plugin = args.deepspeed_plugin
-    if plugin is not None:
-        return zero_engine(plugin.hf_ds_config.config.get("zero_optimization", {}))
-    return "ddp" if args.world_size > 1 else "single"
+    zero = plugin.hf_ds_config.config.get("zero_optimization", {}) if plugin is not None else None
+    return name_engine(args.world_size, zero, bool(args.fsdp))
 
 
-def zero_engine(settings: dict[str, Any]) -> str:
-    """The name in `ENGINES` of what `zero_optimization` of a DeepSpeed configuration asks for.
+def name_engine(processes: int, zero: dict[str, Any] | None, fsdp: bool) -> str:
+    """The name in `ENGINES` of an engine.
+
+    Args:
+        processes: number of processes.
+        zero: `zero_optimization` of DeepSpeed's configuration, or `None` without DeepSpeed.
+        fsdp: whether it is FSDP.
 
     Raises:
-        ValueError: for stage 0.
+        ValueError: for FSDP and ZeRO's stage 0.
     """
-    stage = settings.get("stage", 0)
+    if fsdp:
+        raise ValueError(
+            "FSDP is not supported: it has not been shown to keep fp32 deltas beside frozen weights. Use DeepSpeed "
+            "ZeRO-3, which splits the weights too: beft train RECIPE --launch zero3."
+        )
+    if zero is None:
+        return "ddp" if processes > 1 else "single"
+    stage = zero.get("stage", 0)
     if stage == 0:
         raise ValueError(
             "DeepSpeed with zero_stage 0 is plain data parallel training: use beft train RECIPE --launch ddp, or "
             "zero_stage 1."
         )
-    devices = [(settings.get(f"offload_{what}") or {}).get("device") for what in OFFLOADED]
+    devices = [(zero.get(f"offload_{what}") or {}).get("device") for what in OFFLOADED]
     return f"zero{stage}" + ("_offload" if stage == 3 and set(devices) - {None, "none"} else "")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.commands.config.config_args import load_config_from_file
 
-from .engines import FSDP_REFUSED, OFFLOADED, require_packages, zero_engine
+from .engines import OFFLOADED, name_engine, require_packages
 
 
 SHIPPED = Path(__file__).parent / "accelerate_configs"
@@ -61,13 +61,13 @@ def launch_command(name: str | None, arguments: Sequence[str]) -> list[str]:
 
 
 def _engine(config: Any) -> str:
-    if config.distributed_type == "FSDP":
-        raise ValueError(FSDP_REFUSED)
-    if config.distributed_type != "DEEPSPEED":
-        return "ddp" if config.num_processes > 1 else "single"
-    settings = config.deepspeed_config
+    zero = _zero_optimization(config.deepspeed_config) if config.distributed_type == "DEEPSPEED" else None
+    return name_engine(config.num_processes, zero, config.distributed_type == "FSDP")
+
+
+def _zero_optimization(settings: dict[str, Any]) -> dict[str, Any]:
     if "deepspeed_config_file" in settings:
         text = Path(settings["deepspeed_config_file"]).read_text(encoding="utf-8")
-        return zero_engine(json.loads(text).get("zero_optimization", {}))
+        return json.loads(text).get("zero_optimization", {})
     offload = {f"offload_{what}": {"device": settings.get(f"offload_{what}_device")} for what in OFFLOADED}
-    return zero_engine({"stage": settings.get("zero_stage", ACCELERATES_STAGE), **offload})
+    return {"stage": settings.get("zero_stage", ACCELERATES_STAGE), **offload}
