@@ -41,12 +41,19 @@ def draw_quality(arms: dict[str, list[dict]], axes: Axes) -> None:
 def draw_selection(judged: dict[tuple, list[selection.Judgement]], model: str, axes: Axes) -> None:
     """How many times the second term's score the first has, over the scoring steps; geometric mean of the cells."""
     for score in selection.SCORES:
-        for anchor in dict.fromkeys(key[1] for key in judged if key[0] == model):
+        # The anchor changes importance alone.
+        anchors = list(dict.fromkeys(key[1] for key in judged if key[0] == model))
+        for anchor in anchors if score == "importance" else anchors[:1]:
             cells = {key[3]: cells for key, cells in judged.items() if key[:3] == (model, anchor, score)}
             margins = [geometric_mean(cell.margin for cell in of_steps) for of_steps in cells.values()]
-            axes.plot([str(steps) for steps in cells], margins, "o-", label=f"{score}, {anchor}")
+            axes.plot(
+                [str(steps) for steps in cells],
+                margins,
+                "o-",
+                label=score if score != "importance" else f"{score}, from the {anchor}",
+            )
     axes.set(yscale="log", xlabel="scoring steps", ylabel="score of the first term, of the second's")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 0.85))
 
 
 def draw_cost(arms: dict[str, list[dict]], axes: Axes) -> None:
