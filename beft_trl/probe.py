@@ -70,16 +70,16 @@ class ScoringProbe(TrainerCallback):
                 "The scoring pass got no batch: the training data are fewer than one batch. Lower the batch size "
                 "or the packed length, or give more rows."
             )
-        # One vector for all projections: the sums, and behind each its number of tokens.
-        parts = [
-            torch.cat([total, total.new_tensor([self._tokens[path]])]) for path, total in self._output_sum.items()
-        ]
         if len(self._output_sum) < len({site.module for site in self.sites}):
             silent = next(site.module for site in self.sites if site.module not in self._output_sum)
             raise RuntimeError(
                 f"{silent} takes no part in the forward pass, so a bias there cannot be scored or trained. Give an "
                 "explicit bias_term that has no such layer, or use another model."
             )
+        # One vector for all projections: the sums, and behind each its number of tokens.
+        parts = [
+            torch.cat([total, total.new_tensor([self._tokens[path]])]) for path, total in self._output_sum.items()
+        ]
         reduced = self.accelerator.reduce(torch.cat(parts), reduction="sum").cpu()
         means = {
             path: part[:-1] / part[-1]

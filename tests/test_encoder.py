@@ -221,24 +221,27 @@ def test_trained_on_an_8_bit_base_and_merged_into_the_original(rows, tmp_path):
     assert plain.dtype == torch.float32 and not hasattr(plain.config, "quantization_config")
 
 
-def test_a_head_without_its_configuration_is_not_merged(rows, tmp_path):
+@pytest.fixture
+def on_an_encoder(rows, tmp_path):
+    """The folders of an encoder without a head, and of the adapter, with a head, that was trained on it."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     make_model("bert").base_model.save_pretrained(base)
     trainer = make_trainer(BertForSequenceClassification.from_pretrained(base), rows, adapter)
     trainer.train()
     trainer.save_model()
+    return base, adapter
+
+
+def test_a_head_without_its_configuration_is_not_merged(on_an_encoder, tmp_path):
+    _, adapter = on_an_encoder
     (adapter / "config.json").unlink()
     with pytest.raises(MergeError, match="classifier.bias, which BertModel does not have"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_base_that_lacks_a_part_is_not_merged(rows, tmp_path):
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    make_model("bert").base_model.save_pretrained(base)
-    trainer = make_trainer(BertForSequenceClassification.from_pretrained(base), rows, adapter)
-    trainer.train()
-    trainer.save_model()
+def test_a_base_that_lacks_a_part_is_not_merged(on_an_encoder, tmp_path):
+    base, adapter = on_an_encoder
     weights = load_file(base / "model.safetensors")
     save_file({name: values for name, values in weights.items() if "pooler" not in name}, base / "model.safetensors")
     with pytest.raises(MergeError, match="bert.pooler.dense.bias .* is neither in .* so it would be random"):

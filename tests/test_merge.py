@@ -248,6 +248,7 @@ def test_an_adapter_of_a_quantised_run_says_how_far_the_full_model_is(make_confi
 def damage(kind, folder):
     adapter = folder / "adapter" / "adapter_model.safetensors"
     config = folder / "adapter" / "adapter_config.json"
+    weights = folder / "base" / "model.safetensors"
     if kind == "truncated":
         adapter.write_bytes(adapter.read_bytes()[:200])
     elif kind == "not finite":
@@ -265,21 +266,18 @@ def damage(kind, folder):
     elif kind == "other sizes":
         save_file({key: torch.cat([value, value], 1) for key, value in load_file(adapter).items()}, adapter)
     elif kind == "no safetensors":
-        (folder / "base" / "model.safetensors").unlink()
+        weights.unlink()
     elif kind == "quantised base":
-        config = folder / "base" / "config.json"
-        settings = json.loads(config.read_text())
+        settings = json.loads((folder / "base" / "config.json").read_text())
         settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True).to_dict()
-        config.write_text(json.dumps(settings))
+        (folder / "base" / "config.json").write_text(json.dumps(settings))
     elif kind == "shard missing":
-        (folder / "base" / "model.safetensors").unlink()
+        weights.unlink()
         build("llama").save_pretrained(folder / "base", max_shard_size="20KB")
         min((folder / "base").glob("model-*.safetensors")).unlink()
     elif kind == "other names":
-        weights = folder / "base" / "model.safetensors"
         save_file({f"transformer.{key}": values for key, values in load_file(weights).items()}, weights)
     elif kind == "tensor missing":
-        weights = folder / "base" / "model.safetensors"
         save_file({key: value for key, value in load_file(weights).items() if key != "model.norm.weight"}, weights)
     elif kind == "output not empty":
         (folder / "merged").mkdir()

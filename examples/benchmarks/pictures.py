@@ -40,18 +40,13 @@ def draw_quality(arms: dict[str, list[dict]], axes: Axes) -> None:
 
 def draw_selection(judged: dict[tuple, list[selection.Judgement]], model: str, axes: Axes) -> None:
     """How many times the second term's score the first has, over the scoring steps; geometric mean of the cells."""
-    for score in selection.SCORES:
-        # The anchor changes importance alone.
-        anchors = list(dict.fromkeys(key[1] for key in judged if key[0] == model))
-        for anchor in anchors if score == "importance" else anchors[:1]:
-            cells = {key[3]: cells for key, cells in judged.items() if key[:3] == (model, anchor, score)}
-            margins = [geometric_mean(cell.margin for cell in of_steps) for of_steps in cells.values()]
-            axes.plot(
-                [str(steps) for steps in cells],
-                margins,
-                "o-",
-                label=score if score != "importance" else f"{score}, from the {anchor}",
-            )
+    anchors = list(dict.fromkeys(key[1] for key in judged if key[0] == model))
+    lines = {f"importance, from the {anchor}": (anchor, "importance") for anchor in anchors}
+    lines |= {score: (anchors[0], score) for score in ("magnitude", "fisher")}  # which the anchor does not change
+    for label, line in lines.items():
+        cells = {key[3]: cells for key, cells in judged.items() if key[:3] == (model, *line)}
+        margins = [geometric_mean(cell.margin for cell in of_steps) for of_steps in cells.values()]
+        axes.plot([str(steps) for steps in cells], margins, "o-", label=label)
     axes.set(yscale="log", xlabel="scoring steps", ylabel="score of the first term, of the second's")
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 0.85))
 
