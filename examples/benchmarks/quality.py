@@ -3,10 +3,10 @@
 python examples/benchmarks/quality.py --data-dir DATA      # all runs, appended to results/quality.jsonl
 python examples/benchmarks/quality.py --report             # the tables of what is in the file
 
-Every trained arm has four learning rates with the first seed, a variant three; the one with the lowest loss on the
-development rows is run with the other seeds, and the table has its loss and accuracy on the test rows. Arms share
-rows, batches, epochs, schedule and trainer (`trl.SFTTrainer`, or BEFT's subclass of it). A run that the file holds
-already is passed over.
+Every trained arm has four learning rates with the first seed, a variant three, and more while the best is the largest or
+the smallest of them. The one with the lowest loss on the development rows is run with the other seeds, and the table has
+its loss and accuracy on the test rows. Arms share rows, batches, epochs, schedule and trainer (`trl.SFTTrainer`, or BEFT's
+subclass of it). A run that the file holds already is passed over.
 """
 
 import argparse
@@ -92,36 +92,41 @@ VARIANTS = {
 
 
 def main(arguments: argparse.Namespace) -> None:
-    lines = records.read(arguments.results)
     for seed in arguments.seeds:
         for task_name in arguments.tasks:
             task = load_task(task_name, arguments.data_dir, seed)
             for model in arguments.models:
                 for name in arguments.arms:
                     arm = (ARMS | VARIANTS)[name]
-                    first = [line for line in lines if key(line)[:-1] == (model, task_name, arguments.seeds[0], name)]
-                    rates = learning_rates(model, arm, [] if seed == arguments.seeds[0] else first)
-                    for rate in rates[: 1 if arguments.quick else None]:
-                        line = {"model": model, "task": task_name, "seed": seed, "arm": name, "learning_rate": rate}
-                        if key(line) not in map(key, lines):
-                            line |= run(model, task, seed, arm, rate)
-                            records.append(arguments.results, line)
-                            lines.append(line)
-                            print(*key(line), f"{line['seconds']:.0f} s", flush=True)
+                    line = {"model": model, "task": task_name, "seed": seed, "arm": name}
+                    while (rate := next_rate(arm, line, arguments)) is not None:
+                        result = run(model, task, seed, arm, rate)
+                        records.append(arguments.results, {**line, "learning_rate": rate, **result})
+                        print(*line.values(), rate, f"{result['seconds']:.0f} s", flush=True)
 
 
-def learning_rates(model: str, arm: Arm, tuned: list[dict]) -> list[float]:
-    """All of an arm's, or, behind the seed that they were compared on, the best of them there."""
-    if any("dead" in line for line in tuned):
-        return []
-    if tuned:
-        return [records.best_on_development(tuned)["learning_rate"]]
-    factor = 1.0 if arm.relative else MODELS[model].rate_factor
-    return [rate * factor for rate in arm.learning_rates] or [0.0]
+def next_rate(arm: Arm, line: dict, arguments: argparse.Namespace) -> float | None:
+    """The learning rate that the file of results lacks yet, for a model, task, seed and arm; none when it has all.
 
-
-def key(line: dict) -> tuple:
-    return line["model"], line["task"], line["seed"], line["arm"], line["learning_rate"]
+    With the first seed, each of the arm's, and those beyond while the best is at an end; then the best of them.
+    """
+    first = {**line, "seed": arguments.seeds[0]}
+    lines = records.read(arguments.results)
+    done, tuned = (
+        {run["learning_rate"]: run for run in lines if each.items() <= run.items()} for each in (line, first)
+    )
+    if any("dead" in run for run in tuned.values()):
+        return None
+    factor = 1.0 if arm.relative else MODELS[line["model"]].rate_factor
+    wanted = [rate * factor for rate in arm.learning_rates] or [0.0]
+    if arguments.quick:
+        wanted = wanted[:1]
+    elif all(rate in tuned for rate in wanted) and arm.learning_rates:
+        best, rates = records.best_on_development(list(tuned.values()))["learning_rate"], sorted(tuned)
+        # Rates go 1, 3, 10, 30: the next is ten times the last but one.
+        beyond = {rates[0]: rates[1] / 10, rates[-1]: rates[-2] * 10}
+        wanted = [beyond.get(best, best)] if line == first else [best]
+    return next((rate for rate in wanted if rate not in done), None)
 
 
 def run(model: str, task: Task, seed: int, arm: Arm, rate: float) -> dict:
@@ -198,14 +203,16 @@ def measure(trainer: Trainer, rows: Dataset, task: Task) -> dict:
 
 
 def best_runs(results: Path) -> dict[tuple[str, str], dict[str, list[dict]]]:
-    """By model and task, for each arm one run of each seed."""
+    """By model and task, for each arm the run of each seed at the rate that the first one's development rows chose."""
     runs = defaultdict(lambda: defaultdict(list))
     for line in records.read(results):
         if "dead" not in line:
             runs[line["model"], line["task"], line["arm"]][line["seed"]].append(line)
     tables = defaultdict(dict)
     for (model, task, arm), by_seed in runs.items():
-        tables[model, task][arm] = [records.best_on_development(lines) for lines in by_seed.values()]
+        best = records.best_on_development(by_seed[min(by_seed)])["learning_rate"]
+        chosen = [line for lines in by_seed.values() for line in lines if line["learning_rate"] == best]
+        tables[model, task][arm] = sorted(chosen, key=lambda line: line["seed"])
     return tables
 
 
