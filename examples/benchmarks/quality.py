@@ -3,10 +3,10 @@
 python examples/benchmarks/quality.py --data-dir DATA      # all runs, appended to results/quality.jsonl
 python examples/benchmarks/quality.py --report             # the tables of what is in the file
 
-Every trained arm has four learning rates with the first seed, a variant three, and more while the best is the largest
-or the smallest of them. The one with the lowest loss on the development rows is run with the other seeds, and the table
-has its loss and accuracy on the test rows. Arms share rows, batches, epochs, schedule and trainer (`trl.SFTTrainer`, or
-BEFT's subclass of it). A run that the file holds already is passed over.
+Every trained arm has four learning rates with the first seed, a variant three, and more while the best is the
+largest or the smallest of them. The one with the lowest loss on the development rows is run with the other seeds,
+and the table has its loss and accuracy on the test rows. Arms share rows, batches, epochs, schedule and trainer
+(`trl.SFTTrainer`, or BEFT's subclass of it). A run that the file holds already is passed over.
 """
 
 import argparse
