@@ -1,5 +1,7 @@
 """The benchmark suite stays alive: each script's `--quick`, in turn, on a model that the first one makes."""
 
+import argparse
+import importlib
 import json
 import runpy
 import sys
@@ -48,3 +50,25 @@ def test_suite(quick):
     assert all(line["machine"] and line["versions"] and line["peak_bytes"] > 0 for line in lines)
     assert next(line for line in lines if line["arm"] == "BEFT")["scoring_seconds"]["5"] > 0
     assert "| PEFT BEFT |" in report and "| 1000 steps |" in report
+
+
+@pytest.mark.parametrize(
+    ("losses", "seed", "expected"),
+    [
+        ({}, 0, 1e-3),
+        ({1e-3: 4, 3e-3: 3, 1e-2: 2}, 0, 3e-2),
+        ({1e-3: 4, 3e-3: 3, 1e-2: 2, 3e-2: 1}, 0, 1e-1),  # the largest is the best: one larger
+        ({1e-3: 1, 3e-3: 2, 1e-2: 3, 3e-2: 4}, 0, 3e-4),
+        ({1e-3: 4, 3e-3: 3, 1e-2: 2, 3e-2: 1, 1e-1: 2}, 0, None),
+        ({1e-3: 4, 3e-3: 3, 1e-2: 2, 3e-2: 1, 1e-1: 2}, 1, 3e-2),
+    ],
+)
+def test_learning_rates_of_an_arm_go_on_beyond_the_best_at_an_end(tmp_path, monkeypatch, losses, seed, expected):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    quality = importlib.import_module("quality")
+    line = {"model": "models/SmolLM2-135M-Instruct", "task": "sst2-100", "seed": 0, "arm": "BEFT value"}
+    runs = [{**line, "learning_rate": rate, "development": {"nll": loss}} for rate, loss in losses.items()]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    arguments = argparse.Namespace(results=tmp_path / "runs.jsonl", seeds=[0, 1], quick=False)
+    rate = quality.next_rate(quality.ARMS[line["arm"]], {**line, "seed": seed}, arguments)
+    assert rate == (expected and pytest.approx(expected))
