@@ -69,6 +69,6 @@ def test_learning_rates_of_an_arm_go_on_beyond_the_best_at_an_end(tmp_path, monk
     line = {"model": "models/SmolLM2-135M-Instruct", "task": "sst2-100", "seed": 0, "arm": "BEFT value"}
     runs = [{**line, "learning_rate": rate, "development": {"nll": loss}} for rate, loss in losses.items()]
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-    arguments = argparse.Namespace(results=tmp_path / "runs.jsonl", seeds=[0, 1], quick=False)
+    arguments = argparse.Namespace(results=tmp_path / "runs.jsonl", quick=False)
     rate = quality.next_rate(quality.ARMS[line["arm"]], {**line, "seed": seed}, arguments)
     assert rate == (expected and pytest.approx(expected))

@@ -110,23 +110,27 @@ def next_rate(arm: Arm, line: dict, arguments: argparse.Namespace) -> float | No
 
     With the first seed, each of the arm's, and those beyond while the best is at an end; then the best of them.
     """
-    first = {**line, "seed": arguments.seeds[0]}
-    lines = records.read(arguments.results)
-    done, tuned = (
-        {run["learning_rate"]: run for run in lines if each.items() <= run.items()} for each in (line, first)
-    )
-    if any("dead" in run for run in tuned.values()):
+    runs = [run for run in records.read(arguments.results) if {**line, "seed": run["seed"]}.items() <= run.items()]
+    if any("dead" in run for run in runs):
         return None
+    done = [run["learning_rate"] for run in runs if run["seed"] == line["seed"]]
+    tuning = tuning_runs(runs)
+    rates = sorted(run["learning_rate"] for run in tuning)
     factor = 1.0 if arm.relative else MODELS[line["model"]].rate_factor
     wanted = [rate * factor for rate in arm.learning_rates] or [0.0]
     if arguments.quick:
         wanted = wanted[:1]
-    elif all(rate in tuned for rate in wanted) and arm.learning_rates:
-        best, rates = records.best_on_development(list(tuned.values()))["learning_rate"], sorted(tuned)
+    elif arm.learning_rates and set(wanted) <= set(rates):
+        best = records.best_on_development(tuning)["learning_rate"]
         # Rates go 1, 3, 10, 30: the next is ten times the last but one.
         beyond = {rates[0]: rates[1] / 10, rates[-1]: rates[-2] * 10}
-        wanted = [beyond.get(best, best)] if line == first else [best]
+        wanted = [beyond.get(best, best) if line["seed"] == tuning[0]["seed"] else best]
     return next((rate for rate in wanted if rate not in done), None)
+
+
+def tuning_runs(runs: list[dict]) -> list[dict]:
+    """Of an arm's runs, those with the seed that came first, whose development rows choose the learning rate."""
+    return [run for run in runs if run["seed"] == runs[0]["seed"]]
 
 
 def run(model: str, task: Task, seed: int, arm: Arm, rate: float) -> dict:
@@ -204,15 +208,14 @@ def measure(trainer: Trainer, rows: Dataset, task: Task) -> dict:
 
 def best_runs(results: Path) -> dict[tuple[str, str], dict[str, list[dict]]]:
     """By model and task, for each arm the run of each seed at the rate that the first one's development rows chose."""
-    runs = defaultdict(lambda: defaultdict(list))
+    runs = defaultdict(list)
     for line in records.read(results):
         if "dead" not in line:
-            runs[line["model"], line["task"], line["arm"]][line["seed"]].append(line)
+            runs[line["model"], line["task"], line["arm"]].append(line)
     tables = defaultdict(dict)
-    for (model, task, arm), by_seed in runs.items():
-        best = records.best_on_development(by_seed[min(by_seed)])["learning_rate"]
-        chosen = [line for lines in by_seed.values() for line in lines if line["learning_rate"] == best]
-        tables[model, task][arm] = sorted(chosen, key=lambda line: line["seed"])
+    for (model, task, arm), of_arm in runs.items():
+        best = records.best_on_development(tuning_runs(of_arm))["learning_rate"]
+        tables[model, task][arm] = [line for line in of_arm if line["learning_rate"] == best]
     return tables
 
 
