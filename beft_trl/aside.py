@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -24,9 +26,9 @@ def set_aside(
     It is no run of the user's: none of its callbacks and trackers are called, nothing is evaluated, logged or saved.
     """
     before = dict(vars(trainer))
-    # TRL fills these dictionaries in place; everything else that the loop changes is bound anew.
-    metrics = {name: value for name, value in before.items() if name.endswith("_metrics") and type(value) is dict}
-    before.update(copy.deepcopy(metrics))
+    # TRL fills these containers in place; everything else that the loop changes is bound anew.
+    filled = {name: value for name, value in before.items() if name.endswith(("_metrics", "_logs"))}
+    before.update(copy.deepcopy({name: value for name, value in filled.items() if isinstance(value, dict)}))
     plugin = trainer.args.deepspeed_plugin
     deepspeed_config = copy.deepcopy(plugin.hf_ds_config.config) if plugin is not None else {}
     if plugin is not None:
@@ -34,6 +36,11 @@ def set_aside(
         plugin.hf_ds_config.config.pop("optimizer", None)
         plugin.hf_ds_config.config.pop("scheduler", None)
     trainer.args = _short(trainer.args, steps, learning_rate)
+    if trainer.optimizer_cls_and_kwargs is not None:
+        optimizer, options = trainer.optimizer_cls_and_kwargs
+        trainer.optimizer_cls_and_kwargs = (optimizer, {**options, "lr": learning_rate})
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.model_wrapped = trainer.model
     trainer.control = TrainerControl()
     trainer.callback_handler = CallbackHandler(
         [DefaultFlowCallback(), *callbacks], trainer.model, trainer.processing_class, None, None
@@ -46,8 +53,7 @@ def set_aside(
                 trainer.deepspeed.destroy()
                 forget_engine(trainer.model)
             trainer.model.zero_grad(set_to_none=True)
-            # Takes off the engine and the autocast wrapper that `accelerator.prepare` put around the model.
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            forget_preparation(trainer.model, trainer.accelerator)
             vars(trainer).clear()
             vars(trainer).update(before)
             if plugin is not None:
@@ -55,6 +61,17 @@ def set_aside(
                 plugin.hf_ds_config.config.clear()
                 plugin.hf_ds_config.config.update(deepspeed_config)
             trainer.accelerator.free_memory()  # collects garbage, too
+
+
+def forget_preparation(model: nn.Module, accelerator: Accelerator) -> None:
+    """Takes off what `accelerator.prepare` put around the forward pass, and its mark that it was there.
+
+    With the mark and without the autocast wrapper, accelerate would leave the model as it is in the next run, which
+    then computes in fp32; and after an evaluation it would leave out DDP. This goes when accelerate's `unwrap_model`
+    takes the mark off too (accelerate 1.15).
+    """
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(model).pop("_is_accelerate_prepared", None)
 
 
 @contextmanager

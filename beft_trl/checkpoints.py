@@ -1,15 +1,22 @@
 """What a run finds in its output folder: complete checkpoints, which have a manifest, and results of other runs."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from .identity import FIXED, differences
 from .importance import SCORES_FILE, BiasScores
 
 
@@ -17,6 +24,8 @@ from .importance import SCORES_FILE, BiasScores
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "beft_checkpoint.json"
+LOCK_FILE = "_beft.lock"  # the Trainer uploads no file whose name begins with an underscore
+STATE_FILE = "trainer_state.json"
 
 
 def check_writable(output_dir: str | Path) -> None:
@@ -32,13 +41,38 @@ def check_writable(output_dir: str | Path) -> None:
         ) from error
 
 
-def mark_complete(checkpoint: str | Path, engine: str, processes: int) -> None:
+@contextlib.contextmanager
+def output_lock(output_dir: str | Path) -> Iterator[None]:
+    """Holds the output folder for one run. The lock goes with the process that holds it, however that ends.
+
+    Raises:
+        RuntimeError: if another process holds it.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(output_dir) / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"Another run is writing to output_dir {output_dir}: the two would mix their checkpoints. Nothing was "
+            "trained. Wait for it, stop it, or give this run another output_dir."
+        ) from None
+    except (NotImplementedError, OSError) as error:  # a file system without locks
+        logger.warning(f"{output_dir} cannot be locked ({error}): see to it that no other run writes there.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def mark_complete(checkpoint: str | Path, engine: str, processes: int, run: dict[str, Any]) -> None:
     """Writes the manifest, when every process has written its files: their sizes and hashes, and what wrote them.
 
     Args:
-        checkpoint: folder of the checkpoint.
-        engine: name of the engine that can resume it, see `engines.ENGINES`.
-        processes: number of processes that wrote it.
+        checkpoint (`str` or `Path`): folder of the checkpoint.
+        engine (`str`): name of the engine that can resume it, see `engines.ENGINES`.
+        processes (`int`): number of processes that wrote it.
+        run (`dict`): what identifies the run, see [`identity.identify_run`].
     """
     folder = Path(checkpoint)
     files = {
@@ -46,7 +80,7 @@ def mark_complete(checkpoint: str | Path, engine: str, processes: int) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    manifest = {"engine": engine, "processes": processes, "files": files}
+    manifest = {"engine": engine, "processes": processes, "run": run, "files": files}
     partial = folder / f".{MANIFEST_FILE}"
     with partial.open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2)
@@ -55,23 +89,41 @@ def mark_complete(checkpoint: str | Path, engine: str, processes: int) -> None:
     partial.rename(folder / MANIFEST_FILE)
 
 
+def _manifest(checkpoint: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: if there is none, or a damaged one, with the reason.
+    """
+    try:
+        manifest = json.loads((Path(checkpoint) / MANIFEST_FILE).read_text(encoding="utf-8"))
+        sizes = [(file["bytes"], file["sha256"]) for file in manifest["files"].values()]
+        known = isinstance(manifest["engine"], str) and isinstance(manifest["processes"], int)
+        complete = {ADAPTER_SAFE_WEIGHTS_NAME, STATE_FILE, SCORES_FILE} <= manifest["files"].keys()
+        if not (sizes and known and complete and isinstance(manifest.get("run", {}), dict)):
+            raise ValueError(f"{MANIFEST_FILE} is damaged")
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST_FILE}: it was not written to the end, or not by a BEFT run") from None
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{MANIFEST_FILE} is damaged") from None
+    return manifest
+
+
 def damage(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is not complete, or `None` where it is."""
+    """Why a checkpoint is not complete, or `None` if it is."""
     folder = Path(checkpoint)
     try:
-        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
-                return f"{name} has changed since it was written"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST_FILE}: it was not written to the end, or not by a BEFT run"
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST_FILE} is damaged"
+        files = _manifest(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -154,14 +206,27 @@ def refuse_foreign_output(output_dir: str | Path, base_model: str, bias_term: st
         )
 
 
-def refuse_other_engine(checkpoint: str | Path, engine: str, processes: int) -> None:
-    """Raises ValueError where a checkpoint is damaged or its optimizer states are laid out for another engine."""
+def refuse_other_run(
+    checkpoint: str | Path, engine: str, processes: int, run: dict[str, Any], allow_changes: bool = False
+) -> None:
+    """Refuses to resume what another run wrote.
+
+    Args:
+        checkpoint (`str` or `Path`): folder of the checkpoint.
+        engine (`str`): name of this run's engine.
+        processes (`int`): number of this run's processes.
+        run (`dict`): what identifies this run, see [`identity.identify_run`].
+        allow_changes (`bool`, *optional*, defaults to `False`): take what may differ, such as the number of steps.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, laid out for another engine, or of another run: what differs.
+    """
     reason = damage(checkpoint)
     if reason is not None:
         raise ValueError(
             f"{checkpoint} cannot be resumed: {reason}. Use resume_from_checkpoint=True for the newest complete one."
         )
-    manifest: dict[str, Any] = json.loads((Path(checkpoint) / MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest = _manifest(checkpoint)
     written = (manifest["engine"], manifest["processes"])
     if written != (engine, processes):
         raise ValueError(
@@ -169,6 +234,104 @@ def refuse_other_engine(checkpoint: str | Path, engine: str, processes: int) -> 
             f"{processes}: optimizer states and batches are split otherwise. Resume as it was written, or start anew "
             "in another output_dir."
         )
+    if "run" not in manifest:
+        if allow_changes:
+            return
+        raise ValueError(
+            f"{checkpoint} does not say which base, data and settings it was trained with: it was written by a "
+            "version before 0.2. Set allow_changed_resume=True if they are those of this run."
+        )
+    changed = differences(manifest["run"], run)
+    fixed = [name for name in changed if name in FIXED]
+    if not changed or (allow_changes and not fixed):
+        return
+    told = "; ".join(f"{name}={_short(there)} there, {_short(here)} here" for name, (there, here) in changed.items())
+    if fixed:
+        remedy = "Biases trained on another base mean nothing on this one: give that base, or another output_dir."
+    else:
+        remedy = "Resume with its settings, start anew in another output_dir, or set allow_changed_resume=True."
+    of_this_run = _newest_of(Path(checkpoint).parent, engine, processes, run)
+    if of_this_run is not None:
+        remedy += f" {of_this_run} is the newest of this run."
+    raise ValueError(f"{checkpoint} is of another run: {told}. {remedy}")
+
+
+def warn_of_other_runs(output_dir: str | Path, run: dict[str, Any]) -> None:
+    """Warns before a run starts anew next to checkpoints of another one, which it would not resume from."""
+    for checkpoint in reversed(sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []):
+        with contextlib.suppress(ValueError):
+            changed = differences(_manifest(checkpoint).get("run", {}), run)
+            if changed:
+                told = ", ".join(f"{name}={_short(there)}" for name, (there, _) in changed.items())
+                logger.warning(
+                    f"{checkpoint} is of another run ({told}). This one starts anew next to it. Give each run an "
+                    "output_dir of its own."
+                )
+                return
+
+
+def _newest_of(folder: Path, engine: str, processes: int, run: dict[str, Any]) -> str | None:
+    for checkpoint in reversed(sort_checkpoints(str(folder)) if folder.is_dir() else []):
+        if damage(checkpoint) is None:
+            manifest = _manifest(checkpoint)
+            written = (manifest["engine"], manifest["processes"])
+            if written == (engine, processes) and "run" in manifest and not differences(manifest["run"], run):
+                return checkpoint
+    return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def refuse_foreign_pickles(checkpoint: str | Path, trusted: bool) -> None:
+    """Refuses a ZeRO checkpoint that another user could have written: DeepSpeed unpickles it, which runs its code.
+
+    Raises:
+        ValueError: if a file of it does not belong to this user, unless it is `trusted`.
+    """
+    if trusted or not hasattr(os, "geteuid"):
+        return
+    folder = Path(checkpoint)
+    for path in (folder, *folder.rglob("*")):
+        if path.lstat().st_uid != os.geteuid():
+            raise ValueError(
+                f"{path} belongs to another user, and DeepSpeed runs the code in a checkpoint when it loads it. Set "
+                "trust_checkpoint=True if you know who wrote it."
+            )
+
+
+def refuse_other_tensors(checkpoint: str | Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuses a checkpoint whose adapter would not load whole into the model: PEFT passes over what does not fit.
+
+    Args:
+        checkpoint (`str` or `Path`): folder of the checkpoint.
+        expected (`dict`): shapes of the tensors that the run trains, by their names in the adapter's file.
+
+    Raises:
+        ValueError: if tensors are missing, of another shape, or too many.
+    """
+    file = Path(checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
+    try:
+        with safe_open(file, "pt") as adapter:
+            names = adapter.keys()
+            found = {name: tuple(adapter.get_slice(name).get_shape()) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): take another checkpoint.") from error
+    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    if wrong:
+        there, here = found.get(wrong[0], "missing"), expected.get(wrong[0], "none")
+        raise ValueError(
+            f"{file} does not fit the model: {len(wrong)} of {len({*found, *expected})} tensors differ, first "
+            f"{wrong[0]}, {there} in the file and {here} in the model. Give the base and the term that it was trained "
+            "with, or start anew in another output_dir."
+        )
+
+
+def steps_of(checkpoint: str | Path) -> int:
+    """The number of optimizer steps after which a checkpoint was written."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).global_step
 
 
 def _sha256(path: Path) -> str:

@@ -41,6 +41,11 @@ class BeftConfigMixin:
             batches. It takes the place of `learning_rate`, which is then the one of a task's head alone. 3e-2 and
             1e-1 were best on two tasks.
 
+        allow_changed_resume: resume a checkpoint although the data or the settings of the run are others, for
+            instance for more steps.
+        trust_checkpoint: resume a ZeRO checkpoint that belongs to another user. DeepSpeed unpickles it, and that runs
+            what code it holds.
+
     Raises:
         ValueError: for a value out of range.
     """
@@ -79,6 +84,18 @@ class BeftConfigMixin:
             "place of learning_rate. Try 3e-2 and 1e-1."
         },
     )
+    allow_changed_resume: bool = field(
+        default=False,
+        metadata={"help": "Resume although data or settings differ from those of the checkpoint."},
+    )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Resume a ZeRO checkpoint of another user, whose code DeepSpeed would run."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Hide losses that are not finite. This trainer stops at one, so there are none to hide."},
+    )
 
     def __post_init__(self):
         # argparse checks `choices` for the command line only, not for YAML or Python.
@@ -99,6 +116,21 @@ class BeftConfigMixin:
             raise ValueError(
                 f"relative_learning_rate={self.relative_learning_rate!r} moves no bias: give a positive number, such "
                 "as 3e-2, or leave it out for learning_rate."
+            )
+        init = getattr(self, "model_init_kwargs", None)
+        if isinstance(init, dict) and "torch_dtype" in init:
+            # The old name of a key that most public recipes have: TRL reads only the new one.
+            old = init.pop("torch_dtype")
+            if init.setdefault("dtype", old) != old:
+                raise ValueError(
+                    f"model_init_kwargs has dtype={init['dtype']} and torch_dtype={old}, which is its old name. Give "
+                    "dtype only."
+                )
+        limit = getattr(self, "max_length", None)
+        if limit is not None and limit < 2:
+            raise ValueError(
+                f"max_length={limit} leaves no token to learn: give at least 2, or max_length=None (null in YAML) to "
+                "cut nothing off."
             )
         self._set_up_cpu_under_a_launcher()
         super().__post_init__()

@@ -1,6 +1,6 @@
 """The values of what is trained: read, put back and checked, on any engine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .layout import BiasSite
 from .tuner import SAVED_WHOLE, delta, parameters_saved_whole, projection, rows_of_modules
+
+
+PREFIX = "base_model.model."  # of the base model's modules in a PeftModel
 
 
 def gather_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Tensor]:
@@ -37,6 +40,14 @@ def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str,
                 f"off there. The optimizer moves parameters that have no gradient: use another optim."
             )
     return {names[id(delta(model, site))]: vectors[site.module] for site in sites} | gather_saved_whole(model)
+
+
+def adapter_shapes(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a run of `sites` trains, by their names in the adapter's file."""
+    parameters = {f"{PREFIX}{site.module}.beft_bias": delta(model, site) for site in sites}
+    parameters |= {name.replace(SAVED_WHOLE, "."): values for name, values in parameters_saved_whole(model).items()}
+    # Under ZeRO-3 a parameter is empty between its uses.
+    return {name: tuple(getattr(values, "ds_shape", values.shape)) for name, values in parameters.items()}
 
 
 @contextmanager
@@ -90,12 +101,16 @@ def forget_engine(model: nn.Module) -> None:
                 delattr(parameter, link)
 
 
-def zero_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
-    """Puts the deltas back to zero, in place. A collective under ZeRO-3."""
-    parameters = list({site.module: delta(model, site) for site in sites}.values())
-    with torch.no_grad(), _gathered(parameters, modifier_rank=0):
-        for parameter in parameters:
+def set_deltas(model: PeftModel, values: Mapping[BiasSite, Tensor | None]) -> None:
+    """Puts the deltas to the values of [`gather_deltas`], or to zero for `None`. A collective under ZeRO-3."""
+    parameters = {site.module: delta(model, site) for site in values}
+    with torch.no_grad(), _gathered(list(parameters.values()), modifier_rank=0):
+        for parameter in parameters.values():
             parameter.zero_()
+        for site, rows in values.items():
+            if rows is not None:
+                target = parameters[site.module]
+                target[0, site.rows.to(target.device)] = rows.to(target)
 
 
 def check_moved(deltas: dict[BiasSite, Tensor], saved_whole: dict[str, Tensor] | None = None) -> None:

@@ -187,20 +187,27 @@ def sites_of_term(sites: Sequence[BiasSite], bias_term: str) -> list[BiasSite]:
     return live
 
 
-def skeleton_of(name: str, args: Any) -> nn.Module:
-    """The model that training arguments load by that name, without weights."""
+def skeleton_of(name: str, args: Any, auto_class: Any = None) -> nn.Module:
+    """The model that training arguments load by that name, without weights.
+
+    Args:
+        name (`str`): name or path of the model.
+        args (`TrainingArguments`): with `model_init_kwargs`, if it has them.
+        auto_class (*optional*): the auto class that loads it. Default: the model's own architecture.
+    """
     init = getattr(args, "model_init_kwargs", None) or {}
     trust = init.get("trust_remote_code", getattr(args, "trust_remote_code", False))
     where = {key: init[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in init}
-    return build_skeleton(AutoConfig.from_pretrained(name, trust_remote_code=trust, **where), trust)
+    return build_skeleton(AutoConfig.from_pretrained(name, trust_remote_code=trust, **where), trust, auto_class)
 
 
-def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> nn.Module:
-    """The model of `config` without weights, on the meta device; of its own architecture where Transformers has it."""
+def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False, auto_class: Any = None) -> nn.Module:
+    """The model of `config` without weights, on the meta device; of its own architecture if Transformers has it."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        if architecture is None:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        if auto_class is not None or architecture is None:
+            loader = auto_class or AutoModelForCausalLM
+            return loader.from_config(config, trust_remote_code=trust_remote_code)
         return architecture(config)
 
 

@@ -34,9 +34,13 @@ class ScoringProbe(TrainerCallback):
         self._output_sum: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._mask: Tensor | None = None
+        self._learning = False
 
     def __enter__(self) -> "ScoringProbe":
-        self._handles = [self.model.register_forward_pre_hook(self._note_mask, with_kwargs=True)]
+        self._handles = [
+            self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._end_forward, always_call=True),
+        ]
         for site in self.sites:
             self._handles.append(
                 delta(self.model, site).register_hook(lambda gradient, site=site: self._add_gradient(site, gradient))
@@ -88,16 +92,23 @@ class ScoringProbe(TrainerCallback):
         self.mean_outputs = {site: means[site.module][site.rows] for site in self.sites}
         self.gradients = {site: torch.stack(steps) for site, steps in self._steps.items()}
 
-    def _note_mask(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # Generation, reference and old log-probabilities of TRL's trainers run without gradients, and are not learnt.
+        self._learning = torch.is_grad_enabled()
         # Padding-free and packed batches have no mask: all their tokens are real.
         self._mask = kwargs.get("attention_mask")
+
+    def _end_forward(self, *call: Any) -> None:
+        # What gradient checkpointing computes again in the backward pass has been counted.
+        self._learning = False
 
     def _add_gradient(self, site: BiasSite, gradient: Tensor) -> None:
         rows = gradient.detach().flatten().float()[site.rows.to(gradient.device)]
         self._open_step[site] = self._open_step.get(site, 0) + rows
 
     def _add_outputs(self, path: str, output: Tensor) -> None:
-        # Gradient checkpointing runs a layer's forward twice, and then sum and count are both doubled.
+        if not self._learning:
+            return
         tokens = output.detach().reshape(-1, output.shape[-1])
         if self._mask is not None:
             if self._mask.numel() != len(tokens):

@@ -2,14 +2,19 @@
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from . import report
 from .checkpoints import last_complete_checkpoint, mark_complete
@@ -25,6 +30,7 @@ class SavingMixin:
 
     bias_scores: BiasScores | None
     _sites: list[BiasSite]
+    _identity: dict[str, Any]
     _heat_map: bytes | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -42,17 +48,21 @@ class SavingMixin:
                 f"The bias deltas are not finite after step {self.state.global_step}, so they are not saved. Lower "
                 "learning_rate and resume from the last checkpoint."
             )
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.bias_scores is not None:
-            folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with _whole_or_nothing(folder) as staged, _default_adapter_only(self.model):
+            super()._save(str(staged), state_dict)
+            if self.bias_scores is None:
+                return
             if parameters_saved_whole(self.model):
-                self._task_config().save_pretrained(folder)
-            self.bias_scores.to_json(folder / SCORES_FILE)
+                self._task_config().save_pretrained(staged)
+            self.bias_scores.to_json(staged / SCORES_FILE)
             if self.bias_scores.method is not None:
                 # Drawn once: every checkpoint takes it along.
                 self._heat_map = self._heat_map or report.heat_map(self.bias_scores)
-                (folder / report.HEAT_MAP_FILE).write_bytes(self._heat_map)
-            self._model_card(folder.name).save(folder / "README.md")
+                (staged / report.HEAT_MAP_FILE).write_bytes(self._heat_map)
+            self._model_card(folder.name).save(staged / "README.md")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -66,7 +76,7 @@ class SavingMixin:
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                mark_complete(checkpoint, engine_of(self.args), self.args.world_size)
+                mark_complete(checkpoint, engine_of(self.args), self.args.world_size, self._identity)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(checkpoint, ignore_errors=True)
             last = last_complete_checkpoint(checkpoint.parent)
@@ -118,3 +128,33 @@ class SavingMixin:
         # Under ZeRO-3 a parameter is empty between its uses.
         whole = [values.numel() or values.ds_numel for values in parameters_saved_whole(self.model).values()]
         return sum(len(site.rows) for site in self._sites) + sum(whole), self.model.get_nb_trainable_parameters()[1]
+
+
+@contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """A folder whose files go into `folder` when all are written, the adapter last: a run that is killed meanwhile
+    leaves no adapter without its scores.
+    """
+    staged = folder / "_partial"
+    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == ADAPTER_SAFE_WEIGHTS_NAME):
+            target = folder / path.name
+            if path.is_dir():
+                shutil.rmtree(target, ignore_errors=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def _default_adapter_only(model: PeftModel) -> Iterator[None]:
+    """Leaves the adapter out of `save_pretrained` that TRL calls "ref", its copy for the reference model."""
+    save: Any = partial(model.save_pretrained, selected_adapters=[ADAPTER_NAME])
+    model.save_pretrained = save  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.save_pretrained

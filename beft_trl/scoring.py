@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from .aside import random_state_kept, set_aside, short_collections
-from .deltas import gather_deltas, gather_saved_whole, native_biases, restore_saved_whole, zero_deltas
+from .deltas import gather_deltas, gather_saved_whole, native_biases, restore_saved_whole, set_deltas
 from .importance import BiasScores, LayerScores, TermScores, fisher, importance, magnitude, rank
 from .layout import TERMS, BiasSite, BiasSites
 from .probe import ScoringProbe, ScoringProgress
-from .tuner import confine_deltas, keep_deltas
+from .tuner import confine_deltas, keep_deltas, put_back_deltas
 
 
 logger = get_logger(__name__)
@@ -28,6 +28,10 @@ DEFAULT_SCORE_STEPS = 5
 # structure's word stands.
 DEAD_BELOW = 1e-5
 ALIVE_ABOVE = {"fp32": 1e-5, "16 bits": 2e-2}
+NOTHING_LEARNT = (
+    "Usually all labels are masked (-100): look at completion_only_loss, assistant_only_loss, max_length and the data "
+    "collator. `beft check` shows what is learnt."
+)
 
 
 class ScoringMixin:
@@ -39,25 +43,53 @@ class ScoringMixin:
     bias_scores: BiasScores | None
     _all_sites: BiasSites
     _sites: list[BiasSite]
+    _candidates: list[BiasSite]
+    _removed: dict[str, nn.Module]  # layers whose deltas were candidates, by path
     _confined: list[RemovableHandle]
     _verdict: list[str] | None = None  # on dead keys, once their gradients were seen
 
     def score(self, score_steps: int | None = None) -> BiasScores:
         """Runs the scoring pass alone, and leaves the model, the data order and the random state as they were.
 
+        All candidates are scored, from zero deltas: those of `bias_term="auto"` again after `train()` has kept one of
+        them, or the terms of the `bias_term` that was given. What was trained is put back.
+
         Args:
-            score_steps: optimizer steps. Default: that of the configuration.
+            score_steps (`int`, *optional*): optimizer steps. Default: that of the configuration.
 
         Raises:
             ValueError: for steps beyond the run, or an anchor that says nothing of the model.
+            RuntimeError: after `train()` under DeepSpeed, whose engine holds the trained biases.
         """
         steps = self._score_steps(score_steps or self.args.score_steps)
-        self._own_biases()  # where they cannot serve as anchor, that is refused before the first step
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            raise RuntimeError(
+                "score() after train() would take the trained biases out of DeepSpeed's engine. Call it before, or "
+                "make another trainer for it."
+            )
+        trained, kept = gather_deltas(self.model, self._sites), self._sites
+        put_back_deltas(self.model, self._removed)
+        self._keep([site for site in self._candidates if self._verdict is None or site.dead is None])
+        set_deltas(self.model, dict.fromkeys(self._sites))
+        try:
+            return self._scored(steps)
+        finally:
+            if any(values.any() for values in trained.values()):
+                self._keep(kept)
+                set_deltas(self.model, trained)
+
+    def _scored(self, steps: int) -> BiasScores:
+        self._own_biases()  # if they cannot serve as anchor, that is refused before the first step
         terms = [term for term in TERMS if any(site.term == term for site in self._sites)]
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with closing(ScoringProgress(terms, 2 * steps, disable=quiet)) as progress, short_collections():
             with ScoringProbe(self.model, self._sites, self.accelerator) as probe:
                 untouched = self._train_aside(steps, 0.0, probe, progress)
+            if not any(values.any() for values in probe.gradients.values()):
+                raise ValueError(
+                    f"No bias has a gradient in the first {steps} steps: the loss does not depend on any of them. "
+                    f"{NOTHING_LEARNT}"
+                )
             if self._verdict is None:
                 self._verdict = judge_dead(self._all_sites, probe.gradients, precision=self._precision())
                 self._keep([site for site in self._sites if site.dead is None])
@@ -70,7 +102,7 @@ class ScoringMixin:
             )
         own, anchor = self._own_biases(), self.args.score_anchor
         if anchor == "auto":
-            # Beside a change that is longer, every bias is nearly zero: the importance of all terms would be near 1.
+            # Next to a change that is longer, every bias is nearly zero: the importance of all terms would be near 1.
             anchor = "bias" if own is not None and _length(own) > _length(moved) else "activation"
         anchors = own if anchor == "bias" and own is not None else probe.mean_outputs
         before = {site: anchors[site] for site in self._sites}
@@ -119,7 +151,7 @@ class ScoringMixin:
 
     def _keep(self, sites: list[BiasSite]) -> None:
         self._sites = sites
-        keep_deltas(self.model, sites)
+        self._removed |= keep_deltas(self.model, sites)
         for handle in self._confined:
             handle.remove()
         self._confined = confine_deltas(self.model, sites)
@@ -133,7 +165,7 @@ class ScoringMixin:
                 super().train()
                 return gather_deltas(self.model, self._sites)
         finally:
-            zero_deltas(self.model, self._sites)
+            set_deltas(self.model, dict.fromkeys(self._sites))
             restore_saved_whole(self.model, head)
 
     def _run_steps(self) -> int:
@@ -203,10 +235,10 @@ def judge_dead(sites: Sequence[BiasSite], gradients: dict[BiasSite, Tensor], pre
     Returns:
         A sentence on each correction, and on each term that is dead in some of its layers alone.
     """
-    value = {site.layer: _rms(gradients[site]) for site in sites if site.term == "value"}
+    value = {site.layer: _rms(gradients[site]) for site in sites if site.term == "value" and site in gradients}
     corrected: dict[str, list[int]] = {}
     for site in sites:
-        if site.term != "key" or not value.get(site.layer):
+        if site.term != "key" or site not in gradients or not value.get(site.layer):
             continue
         share = _rms(gradients[site]) / value[site.layer]
         if site.dead is None and share < DEAD_BELOW:

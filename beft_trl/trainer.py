@@ -1,47 +1,65 @@
 """Scores the bias terms, selects one, trains and saves it: `BeftTrainerMixin` for any Trainer, and TRL's with it."""
 
+import inspect
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.training_args import ParallelMode
-from trl import SFTTrainer
+from trl import RewardTrainer, SFTTrainer
 
 from . import report
+from .aside import forget_preparation
 from .checkpoints import (
     check_writable,
     checkpoint_to_resume,
     last_complete_checkpoint,
+    output_lock,
     recorded_scores,
     refuse_foreign_output,
-    refuse_other_engine,
+    refuse_foreign_pickles,
+    refuse_other_run,
+    refuse_other_tensors,
+    steps_of,
+    warn_of_other_runs,
 )
 from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
-from .deltas import check_moved, gather_deltas, gather_saved_whole
+from .deltas import adapter_shapes, check_moved, gather_deltas, gather_saved_whole
 from .engines import engine_of, refuse_cell, slow_16_bits
+from .identity import hash_weights, identify_run
 from .importance import BiasScores
 from .labels import check_columns, drop_masked
 from .layout import TERMS, find_bias_sites, sites_of_term, skeleton_of
 from .saving import SavingMixin
 from .scoring import ScoringMixin
 from .tuner import (
+    adapter_config,
     adopt_deltas,
     attach_deltas,
-    beft_config,
     beft_tuner,
     confine_deltas,
     delta,
     deltas_to_fp32,
     keep_4bit_trainable,
+    name_saved_modules,
+    refuse_other_adapters,
 )
 
 
@@ -72,26 +90,32 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
     bias_scores: BiasScores | None = None
     selected_bias_term: str | None = None
 
-    def __init__(self, model: str | PreTrainedModel, args: Any, **kwargs: Any):
-        _refuse_arguments(model, args, kwargs)
+    def __init__(self, *positional: Any, **kwargs: Any):
+        given = _by_name(super().__init__, positional, kwargs)
+        _refuse_arguments(given)
+        model, args = given["model"], given["args"]
         check_writable(args.output_dir)
         if isinstance(model, str):
             init = args.model_init_kwargs or {}
-            quantization = kwargs.get("quantization_config") or init.get("quantization_config")
+            quantization = given.get("quantization_config") or init.get("quantization_config")
             refuse_cell(engine_of(args), args, quantization, init.get("dtype"))
-        sites = find_bias_sites(skeleton_of(model, args) if isinstance(model, str) else model)
+        skeleton = skeleton_of(model, args, _loaded_class(self)) if isinstance(model, str) else model
+        sites = find_bias_sites(skeleton)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
         candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
-        if isinstance(model, str):
-            kwargs["peft_config"] = beft_config(candidates)
-        elif isinstance(model, PeftModel):
+        saved_whole = None
+        if isinstance(model, PeftModel):
             candidates = adopt_deltas(model, sites)
+        elif "peft_config" in inspect.signature(super().__init__).parameters:
+            # TRL's trainers take the base without an adapter as reference model; of a PeftModel they would copy it.
+            given["peft_config"] = adapter_config(skeleton, candidates)
+            saved_whole = given["peft_config"].modules_to_save
         else:
-            saved_whole = getattr(args, "modules_to_save", None) or ()
-            model = attach_deltas(model, candidates, saved_whole)  # type: ignore[assignment]
+            given["model"] = attach_deltas(model, candidates, getattr(args, "modules_to_save", None) or ())
         with beft_tuner():
-            # By name: trainers differ in what comes second.
-            super().__init__(model=model, args=args, **kwargs)
+            super().__init__(**given)
+        if saved_whole:
+            name_saved_modules(self.model, saved_whole)
         launched = int(os.environ.get("WORLD_SIZE", 1))
         together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1
         if launched != together:
@@ -106,46 +130,93 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
                 "and bf16=False."
             )
         self._all_sites = sites
+        self._candidates = list(candidates)
         self._sites = list(candidates)
+        self._removed = {}
         self._confined = confine_deltas(self.model, candidates)
+        self._losses = None
+        self._resumed_at = 0
         deltas_to_fp32(self.model)
         keep_4bit_trainable(self.model)
+        self._base_weights = hash_weights(self.model.get_base_model())
         self.add_callback(_LogScores(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any):
-        """Scores the bias terms where `bias_term="auto"`, keeps the selected one, and trains it.
+        """Scores the bias terms if `bias_term="auto"`, keeps the selected one, and trains it.
 
-        A run that resumes continues with the selection recorded in its checkpoint and does not score again.
+        A run that resumes continues with the selection recorded in its checkpoint and does not score again. One whose
+        checkpoint is at the last step trains nothing.
 
         Raises:
-            ValueError: for an output folder of a different run, a checkpoint with another selection, or `score_steps`
-                beyond the run.
-            FloatingPointError: where a loss is NaN or infinite, before its optimizer step.
-            RuntimeError: where a delta did not move.
+            ValueError: for an output folder or a checkpoint of a different run, or `score_steps` beyond the run.
+            FloatingPointError: if a loss is NaN or infinite, before its optimizer step.
+            RuntimeError: if a delta did not move, or another run is writing to the output folder.
         """
-        checkpoint = checkpoint_to_resume(self.args.output_dir, resume_from_checkpoint)
+        with output_lock(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            return self._train_alone(resume_from_checkpoint, *others, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, *others: Any, **kwargs: Any):
+        model = self.model.get_base_model()
+        self._identity = identify_run(model, self.args, self.train_dataset, self._base_weights)
+        checkpoint = self._checkpoint(resume_from_checkpoint, engine_of(self.args), self.args.world_size)
+        self._resumed_at, self._losses = 0, None
         if checkpoint is not None:
-            refuse_other_engine(checkpoint, engine_of(self.args), self.args.world_size)
             term, relative = self.selected_bias_term or self.args.bias_term, self.args.relative_learning_rate
             self._select(recorded_scores(checkpoint, term, relative))
+            refuse_other_tensors(checkpoint, adapter_shapes(self.model, self._sites))
+            self._resumed_at = steps_of(checkpoint)
         elif self.bias_scores is None:
-            refuse_foreign_output(self.args.output_dir, self._base_model_name(), self.args.bias_term)
+            warn_of_other_runs(self.args.output_dir, self._identity)
             term = self._trained_term() or self.args.bias_term
             self._select(self.score() if term == "auto" else self._unscored(term))
+        if self.model_wrapped is self.model:
+            # An evaluation before the run marks the model as prepared, and DDP would be left out.
+            forget_preparation(self.model, self.accelerator)
         head = gather_saved_whole(self.model)
         output = super().train(checkpoint, *others, **kwargs)
         changes = {name: values - head[name] for name, values in gather_saved_whole(self.model).items()}
-        check_moved(gather_deltas(self.model, self._sites), changes)
+        done = self._resumed_at >= output.global_step > 0
+        check_moved(gather_deltas(self.model, self._sites), {} if done else changes)
         return output
+
+    def _checkpoint(self, asked: str | bool | None, engine: str, processes: int) -> str | None:
+        """The checkpoint to resume from, after everything that could speak against it and against the folder."""
+        checkpoint = checkpoint_to_resume(self.args.output_dir, asked)
+        if checkpoint is not None:
+            refuse_other_run(checkpoint, engine, processes, self._identity, self.args.allow_changed_resume)
+            if engine.startswith("zero"):
+                refuse_foreign_pickles(checkpoint, self.args.trust_checkpoint)
+        elif self.bias_scores is None:
+            refuse_foreign_output(self.args.output_dir, self._base_model_name(), self.args.bias_term)
+        return checkpoint
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any):
+        epochs, *values, max_steps = super().set_initial_training_values(*args, **kwargs)
+        # A checkpoint of the last step: the Trainer would go on in the epoch that it stands in for one step more.
+        return 0 if self._resumed_at >= max_steps else epochs, *values, max_steps
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = self.bias_scores.learning_rates if self.bias_scores is not None else {}
         if made and rates:
-            by_parameter = {delta(self.model, site): rates[site.module] for site in self._sites}
-            _give_learning_rates(optimizer, by_parameter, self.args.relative_learning_rate)
+            _give_learning_rates(optimizer, {delta(self.model, site): rates[site.module] for site in self._sites})
+            self._first_rate = optimizer.param_groups[0]["lr"]  # which the Trainer logs
         return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names to which `weight_decay` applies: the deltas too, which Transformers leaves out as biases."""
+        deltas = [name for name, _ in model.named_parameters() if ".beft_bias." in name]
+        return [*super().get_decay_parameter_names(model), *deltas]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "learning_rate" in logs and self.bias_scores is not None and self.bias_scores.learning_rates:
+            # Each layer has its own, and the schedule scales all alike: the middle one, and the two ends.
+            scale = logs["learning_rate"] / self._first_rate
+            rates = [rate * scale for rate in self.bias_scores.learning_rates.values()]
+            logs = {**logs, "learning_rate": median(rates)}
+            logs |= {"learning_rate_min": min(rates), "learning_rate_max": max(rates)}
+        super().log(logs, *args, **kwargs)
 
     def _trained_term(self) -> str | None:
         """The term of an adapter that the model came with and that has been trained before."""
@@ -175,15 +246,23 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
 
     def compute_loss(self, model: nn.Module, *others: Any, **kwargs: Any):
         computed = super().compute_loss(model, *others, **kwargs)
-        loss = computed[0] if isinstance(computed, tuple) else computed
-        if self.model.training and not math.isfinite(loss.item()):
-            last = last_complete_checkpoint(self.args.output_dir)
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}. Stopped before the optimizer step; "
-                + (f"the last checkpoint is {last}. " if last else "no checkpoint was written yet. ")
-                + "Lower learning_rate, or look at the rows of this step."
-            )
+        if self.model.training:
+            loss = computed[0] if isinstance(computed, tuple) else computed
+            # One look for each optimizer step, since it waits for the device: NaN and infinity stay in a sum.
+            self._losses = loss.detach() if self._losses is None else self._losses + loss.detach()
+            if self.accelerator.sync_gradients:
+                total, self._losses = self._losses.item(), None
+                if not math.isfinite(total):
+                    self._refuse_loss(total)
         return computed
+
+    def _refuse_loss(self, loss: float) -> None:
+        last = last_complete_checkpoint(self.args.output_dir)
+        raise FloatingPointError(
+            f"The loss is {loss} at step {self.state.global_step + 1}. Stopped before the optimizer step; "
+            + (f"the last checkpoint is {last}. " if last else "no checkpoint was written yet. ")
+            + "Lower learning_rate, or look at the rows of this step."
+        )
 
 
 class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
@@ -271,33 +350,66 @@ class _LogScores(TrainerCallback):
             self.trainer.log(report.logged_values(scores, *self.trainer._sizes()))
 
 
-def _give_learning_rates(optimizer: Optimizer, rates: dict[nn.Parameter, float], logged: float) -> None:
-    """Puts each parameter of `rates` into a group of its own, with that learning rate."""
-    for group in list(optimizer.param_groups):
-        own = [parameter for parameter in group["params"] if parameter in rates]
-        group["params"] = [parameter for parameter in group["params"] if parameter not in rates]
-        for parameter in own:
-            optimizer.add_param_group({**group, "params": [parameter], "lr": rates[parameter]})
-        if not group["params"]:
-            group["lr"] = logged  # the first group's rate is the one in the logs
+def _give_learning_rates(optimizer: Optimizer, rates: dict[nn.Parameter, float]) -> None:
+    """Puts each parameter of `rates` into a group with that learning rate, and leaves no group empty."""
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        others = [parameter for parameter in group["params"] if parameter not in rates]
+        groups += [{**group, "params": others}] if others else []
+        for parameter in group["params"]:
+            if parameter in rates:
+                groups.append({**group, "params": [parameter], "lr": rates[parameter]})
+    optimizer.param_groups[:] = groups
 
 
-def _refuse_arguments(model: Any, args: Any, kwargs: dict) -> None:
+def _by_name(init: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a trainer by the names that its own `__init__` gives them.
+
+    Raises:
+        TypeError: for arguments that it does not take.
+    """
+    signature = inspect.signature(init)
+    if len(args) == 2 and isinstance(args[1], BeftConfigMixin):
+        args, kwargs = args[:1], {**kwargs, "args": args[1]}  # some trainers have another argument in second place
+    given = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind == inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+        elif parameter.kind == inspect.Parameter.VAR_POSITIONAL and given.pop(name, ()):
+            raise TypeError(f"This trainer takes its arguments by name, got {len(args)} without one.")
+    if isinstance(given.get("model"), Path):
+        given["model"] = str(given["model"])
+    return given
+
+
+def _loaded_class(trainer: Any) -> Any:
+    """The auto class with which TRL's trainers load a model that is named."""
+    return AutoModelForSequenceClassification if isinstance(trainer, RewardTrainer) else None
+
+
+def _refuse_arguments(given: dict[str, Any]) -> None:
+    model, args = given.get("model"), given.get("args")
+    if given.get("model_init") is not None:
+        raise TypeError(
+            "model_init makes another model for each trial, and the biases are put into one model. Give model, and "
+            "make a trainer for each trial."
+        )
+    if not isinstance(model, (str, nn.Module)):
+        raise TypeError(f"model must be a loaded model, or a name or path, got {type(model).__name__}.")
     if not isinstance(args, BeftConfigMixin) or not isinstance(args, TrainingArguments):
         raise TypeError(
             f"args must be a BeftSFTConfig, or another training configuration with BeftConfigMixin, got "
             f"{type(args).__name__}, which has no bias_term."
         )
-    if kwargs.get("peft_config") is not None:
+    if given.get("peft_config") is not None:
         raise ValueError(
-            f"peft_config={type(kwargs['peft_config']).__name__} and bias_term={args.bias_term!r} exclude each other: "
+            f"peft_config={type(given['peft_config']).__name__} and bias_term={args.bias_term!r} exclude each other: "
             "this trainer builds its own adapter from bias_term. Leave peft_config out, or use SFTTrainer."
         )
-    if isinstance(model, PeftModel) and {config.peft_type for config in model.peft_config.values()} != {PeftType.BEFT}:
-        raise ValueError(
-            "The model already has a PEFT adapter of another kind. Give the base model, to which this trainer adds "
-            "the biases itself, or a model with a BEFT adapter, to go on training it."
-        )
+    if isinstance(model, nn.Module):
+        refuse_other_adapters(model)
+        if given.get("ref_model") is model:
+            raise ValueError("ref_model is the model itself: leave it out, the reference is the base without biases.")
     plugin = args.deepspeed_plugin
     if args.relative_learning_rate is not None and plugin is not None and "optimizer" in plugin.hf_ds_config.config:
         raise ValueError(
@@ -305,7 +417,7 @@ def _refuse_arguments(model: Any, args: Any, kwargs: dict) -> None:
             "own optimizer, which its configuration asks for, takes one for all. Take the optimizer out of that "
             "configuration, or give learning_rate."
         )
-    if any(kwargs.get("optimizers") or ()):
+    if any(given.get("optimizers") or ()):
         raise ValueError(
             "optimizers=(...) was built before the biases existed and would train none of them. Use optim, optim_args "
             "and learning_rate, or optimizer_cls_and_kwargs."

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -90,28 +90,60 @@ def beft_tuner() -> Iterator[None]:
         BeftModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
 
 
-def attach_deltas(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: Sequence[str] = ()) -> PeftModel:
-    """Wraps `model` and puts a zero delta at each site. The base weights are frozen.
+def adapter_config(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: Sequence[str] = ()) -> BeftConfig:
+    """The PEFT configuration of an adapter for `model`, with PEFT's word for its task, and the head of the task.
 
     Args:
-        model: a Transformers model.
-        sites: where the deltas go.
-        modules_to_save: modules to train and save whole, beside the head of a task model, which always is.
+        model (`nn.Module`): a Transformers model, on any device, the meta device included.
+        sites (`Sequence[BiasSite]`): where the deltas go.
+        modules_to_save (`Sequence[str]`, *optional*, defaults to `()`): modules to train and save whole, next to the
+            head of a task model, which always is.
 
     Raises:
-        ValueError: where the model has none of these modules, or has them in 16 bits.
+        ValueError: if the model has none of these modules, or has them in 16 bits.
     """
     ending = task_ending(model)
     saved = [*(_task_head(model) if ending in TASK_MODELS else []), *modules_to_save]
     for name in saved:
         _check_trainable_whole(model, name)
+    return beft_config(sites, TaskType.CAUSAL_LM if ending == CAUSAL_LM else TASK_MODELS.get(ending), saved)
+
+
+def attach_deltas(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: Sequence[str] = ()) -> PeftModel:
+    """Wraps `model` in the adapter of [`adapter_config`], whose deltas are zero. The base weights are frozen."""
+    config = adapter_config(model, sites, modules_to_save)
+    saved = config.modules_to_save
     with beft_tuner():
-        task_type = TaskType.CAUSAL_LM if ending == CAUSAL_LM else TASK_MODELS.get(ending)
-        attached = get_peft_model(model, beft_config(sites, task_type, saved), adapter_name=ADAPTER_NAME)
-    if saved:
-        # PEFT's task models add names of heads that other models have.
-        attached.peft_config[ADAPTER_NAME].modules_to_save = saved
+        attached = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    name_saved_modules(attached, saved)
     return attached
+
+
+def name_saved_modules(model: PeftModel, modules_to_save: Sequence[str] | None) -> None:
+    """Puts `modules_to_save` of the adapter back: PEFT's task models add names of heads that other models have."""
+    model.peft_config[ADAPTER_NAME].modules_to_save = list(modules_to_save) if modules_to_save else None
+
+
+def refuse_other_adapters(model: nn.Module) -> None:
+    """Raises ValueError if an adapter of another kind sits in `model`, wrapped around it or injected into it."""
+    foreign = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, BeftLayer)
+    ]
+    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()} - {PeftType.BEFT}
+    bare = [name for name, module in model.named_modules() if isinstance(module, BeftLayer)]
+    if not foreign and not kinds and (isinstance(model, PeftModel) or not bare):
+        return
+    if foreign:
+        found = f"{foreign[0][0]} is a {type(foreign[0][1]).__module__.split('.')[2]} layer, {len(foreign)} in all"
+    else:
+        found = f"{bare[0]} has one" if bare else ", ".join(str(getattr(kind, "value", kind)) for kind in kinds)
+    raise ValueError(
+        f"The model already has a PEFT adapter ({found}), and the saved biases would be wrong on the plain base. Give "
+        "the base model, to which this trainer adds the biases itself, or merge that adapter into it first "
+        "(merge_and_unload). To go on training a BEFT adapter, load it with PeftModel.from_pretrained."
+    )
 
 
 def task_ending(model: Any) -> str:
@@ -184,16 +216,36 @@ def confine_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[Removabl
     return handles
 
 
-def keep_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> None:
-    """Removes every delta but those of `sites`, in place, and says so in the adapter's configuration."""
+def keep_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, nn.Module]:
+    """Removes every delta but those of `sites`, in place, and says so in the adapter's configuration.
+
+    Returns:
+        The layers that were taken out, by path, for [`put_back_deltas`].
+    """
     kept = {site.module for site in sites}
+    removed = {path: _layer(model, path) for path in _targets(model) if path not in kept}
+    _replace_layers(model, {path: layer.get_base_layer() for path, layer in removed.items()}, kept)
+    return removed
+
+
+def put_back_deltas(model: PeftModel, removed: dict[str, nn.Module]) -> None:
+    """Puts layers that [`keep_deltas`] removed back, in place."""
+    _replace_layers(model, removed, {*_targets(model), *removed})
+
+
+def _targets(model: PeftModel) -> list[str]:
     tuner: Any = model.base_model
-    for path in [path for path in tuner.targeted_module_names if path not in kept]:
+    return tuner.targeted_module_names
+
+
+def _replace_layers(model: PeftModel, layers: dict[str, nn.Module], targets: set[str]) -> None:
+    for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
-        setattr(tuner.model.get_submodule(parent), name, tuner.model.get_submodule(path).get_base_layer())
-    tuner.targeted_module_names = [path for path in tuner.targeted_module_names if path in kept]
+        setattr(model.get_base_model().get_submodule(parent), name, layer)
+    tuner: Any = model.base_model
     # A list, since PEFT would write a set to the adapter's file in any order.
-    model.peft_config[ADAPTER_NAME].target_modules = sorted(kept)
+    tuner.targeted_module_names = sorted(targets)
+    model.peft_config[ADAPTER_NAME].target_modules = sorted(targets)
 
 
 def deltas_to_fp32(model: PeftModel) -> None:

@@ -102,9 +102,10 @@ def test_without_a_complete_checkpoint_nothing_is_resumed(run):
 def test_another_engine_or_number_of_processes_is_refused(run):
     trainer, make = run
     checkpoint = Path(trainer.args.output_dir) / "checkpoint-6"
+    recorded = json.loads((checkpoint / MANIFEST_FILE).read_text())["run"]
     for engine, processes in (("zero2", 1), ("single", 2)):
         (checkpoint / MANIFEST_FILE).unlink()
-        mark_complete(checkpoint, engine, processes)
+        mark_complete(checkpoint, engine, processes, recorded)
         with pytest.raises(ValueError, match=rf"written by {engine} on {processes} .*this run is single on 1"):
             make().train(resume_from_checkpoint=True)
 

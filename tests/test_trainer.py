@@ -195,7 +195,11 @@ def test_a_relative_learning_rate_is_that_share_of_the_mean_output(make_trainer,
             size = outputs[0][real].double().mean(0).square().mean().sqrt().item()
             assert delta.abs().max().item() == pytest.approx(0.03 * size, rel=1e-3)
     assert moved == (6 if bias_term == "all" else 2)
-    assert trainer.state.log_history[-2]["learning_rate"] == 0.03
+    rates = trainer.bias_scores.learning_rates.values()
+    logged = trainer.state.log_history[-2]
+    assert logged["learning_rate"] == pytest.approx(np.median(list(rates)))
+    assert (logged["learning_rate_min"], logged["learning_rate_max"]) == pytest.approx((min(rates), max(rates)))
+    assert all(group["params"] for group in trainer.optimizer.param_groups)
 
 
 def test_a_relative_learning_rate_leaves_the_scores_alone(make_trainer):
@@ -212,8 +216,10 @@ def test_a_relative_learning_rate_resumes(make_trainer, tmp_path):
     resumed = make_trainer(**settings, output_dir=str(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=checkpoint)
     assert all(torch.equal(values, tensors(whole.model)[name]) for name, values in tensors(resumed.model).items())
-    with pytest.raises(ValueError, match="was trained with relative_learning_rate"):
-        make_trainer(output_dir=str(tmp_path / "other")).train(resume_from_checkpoint=checkpoint)
+    for allowed in (False, True):  # the optimizer's groups would be others
+        with pytest.raises(ValueError, match="relative_learning_rate"):
+            other = make_trainer(output_dir=str(tmp_path / "other"), allow_changed_resume=allowed)
+            other.train(resume_from_checkpoint=checkpoint)
 
 
 def native_gradients(model, site, batch):

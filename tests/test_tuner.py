@@ -7,7 +7,7 @@ from conftest import make_llama, make_opt
 from peft import get_peft_model_state_dict
 
 from beft_trl import find_bias_sites
-from beft_trl.deltas import check_moved, gather_deltas, native_biases, zero_deltas
+from beft_trl.deltas import check_moved, gather_deltas, native_biases, set_deltas
 from beft_trl.layout import sites_of_term
 from beft_trl.tuner import attach_deltas, delta, deltas_to_fp32, keep_deltas
 
@@ -79,7 +79,7 @@ def test_gathering_zeroing_and_native_biases():
             delta(model, site).fill_(number)
     gathered = gather_deltas(model, sites)
     assert [values.tolist() for values in gathered.values()] == [[float(number)] * 32 for number in range(len(sites))]
-    zero_deltas(model, sites)
+    set_deltas(model, dict.fromkeys(sites))
     assert gathered[sites[1]].sum() == 32  # a copy
     assert not any(values.any() for values in gather_deltas(model, sites).values())
     for site, bias in native_biases(model, sites).items():

@@ -1,0 +1,112 @@
+"""What identifies a run: its base model, its data and its settings, as plain values that a checkpoint keeps."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import xxhash
+from datasets import Dataset
+from torch import nn
+
+
+SAMPLED_ROWS = 1024
+SAMPLED_ELEMENTS = 64  # of each parameter
+# The beginnings of the names of settings that do not change what is trained: where and how often a run reports,
+# evaluates and saves, what it computes in and with, and what is recorded elsewhere (term, dtype, engine).
+WITHOUT_EFFECT = (
+    "output_dir", "logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "include_",
+    "eval_", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16_full_eval",
+    "fp16_full_eval", "save_", "enable_jit_checkpoint", "push_to_hub", "hub_", "do_", "debug", "skip_memory_metrics",
+    "resume_from_checkpoint", "restore_callback_states", "allow_changed_resume", "trust_checkpoint",
+    "ignore_data_skip", "local_rank", "use_cpu", "ddp_", "fsdp", "deepspeed", "parallelism_config", "full_determinism",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "dataloader_in_order", "dataset_num_proc", "gradient_checkpointing",
+    "activation_", "torch_compile", "torch_empty_cache_steps", "use_cache", "use_liger_kernel", "tf32",
+    "model_init_kwargs", "trust_remote_code", "bias_term", "score_",
+)  # fmt: skip
+# What a checkpoint must share with a run in any case: its deltas mean nothing on another base.
+FIXED = ("base_weights", "quantization")
+
+
+def identify_run(model: Any, args: Any, dataset: Any, base_weights: str | None = None) -> dict[str, Any]:
+    """What makes a run this run, in values that JSON keeps.
+
+    Args:
+        model (`PreTrainedModel`): the base model.
+        args (`TrainingArguments`): the settings.
+        dataset: the training rows as the trainer takes them.
+        base_weights (`str`, *optional*): see [`hash_weights`].
+
+    Returns:
+        `dict`: `base_model`, `revision`, `base_weights`, `dtype`, `quantization`, `rows`, `data` (a hash of up to
+        1,024 rows, `None` for a stream) and every setting that can change the result.
+    """
+    quantization = getattr(model.config, "quantization_config", None)
+    rows, data = _data(dataset)
+    settings = {name: value for name, value in args.to_dict().items() if not name.startswith(WITHOUT_EFFECT)}
+    identity = {
+        "base_model": model.name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "base_weights": base_weights,
+        "dtype": str(model.dtype),
+        "quantization": quantization.to_diff_dict() if quantization is not None else None,
+        "rows": rows,
+        "data": data,
+        **settings,
+    }
+    return json.loads(json.dumps(identity, default=str))
+
+
+def differences(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two runs: name, and the two values. What only one of them knows does not count.
+
+    A base model with the same weights is the same, whatever its name.
+    """
+    shared = [name for name in current if name in recorded]
+    if None not in (recorded.get("base_weights"), current.get("base_weights")):
+        shared = [name for name in shared if name not in ("base_model", "revision")]
+    unknown = ("base_weights", "data", "rows", "revision")
+    return {
+        name: (recorded[name], current[name])
+        for name in shared
+        if recorded[name] != current[name] and not (name in unknown and None in (recorded[name], current[name]))
+    }
+
+
+def hash_weights(model: nn.Module) -> str | None:
+    """A hash of some elements of each frozen parameter, `None` if they are split by ZeRO-3 or not loaded.
+
+    To be taken before the model trains: an engine may put the weights into another precision.
+    """
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id") or parameter.is_meta:
+            return None
+        if parameter.requires_grad or not parameter.numel():
+            continue
+        flat = parameter.detach().reshape(-1)
+        sample = flat[torch.linspace(0, len(flat) - 1, SAMPLED_ELEMENTS, device=flat.device).long()]
+        digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _data(dataset: Any) -> tuple[int | None, str | None]:
+    """Number of rows, and a hash of up to `SAMPLED_ROWS` of them, evenly spaced."""
+    if not hasattr(dataset, "__len__"):
+        return None, None
+    count = len(dataset)
+    index = sorted({round(row) for row in torch.linspace(0, count - 1, min(count, SAMPLED_ROWS)).tolist()})
+    if isinstance(dataset, Dataset):
+        # As Arrow holds them: a transform may draw something else each time.
+        sample: Any = dataset.with_format("arrow")[index].to_pydict()
+    elif isinstance(dataset, Sequence):
+        sample = [dataset[row] for row in index]
+    else:
+        return count, None  # rows of a Dataset of PyTorch's may be made when they are asked for
+    return count, xxhash.xxh3_128(json.dumps(sample, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
