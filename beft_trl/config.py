@@ -134,6 +134,11 @@ class BeftConfigMixin:
             )
         self._set_up_cpu_under_a_launcher()
         super().__post_init__()
+        if self.fp16 and self.deepspeed_plugin is None and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError(
+                "fp16=True has no effect on a CPU: accelerate (1.15) would train in fp32 without a word. Use "
+                "bf16=True, or leave both out."
+            )
         self._checkpoint_reentrantly_under_zero3()
 
     def _set_up_cpu_under_a_launcher(self) -> None:

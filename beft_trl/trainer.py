@@ -3,14 +3,13 @@
 import inspect
 import math
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
@@ -55,12 +54,14 @@ from .tuner import (
     attach_deltas,
     beft_tuner,
     confine_deltas,
+    copy_to_reference,
     delta,
     deltas_to_fp32,
     keep_4bit_trainable,
     name_saved_modules,
     refuse_other_adapters,
 )
+from .vocabulary import known_tokens_only
 
 
 logger = get_logger(__name__)
@@ -93,12 +94,14 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
     def __init__(self, *positional: Any, **kwargs: Any):
         given = _by_name(super().__init__, positional, kwargs)
         _refuse_arguments(given)
+        self._check_given(given)
         model, args = given["model"], given["args"]
         check_writable(args.output_dir)
         if isinstance(model, str):
             init = args.model_init_kwargs or {}
             quantization = given.get("quantization_config") or init.get("quantization_config")
             refuse_cell(engine_of(args), args, quantization, init.get("dtype"))
+        known_tokens_only(given)
         skeleton = skeleton_of(model, args, _loaded_class(self)) if isinstance(model, str) else model
         sites = find_bias_sites(skeleton)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
@@ -116,6 +119,7 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
             super().__init__(**given)
         if saved_whole:
             name_saved_modules(self.model, saved_whole)
+        copy_to_reference(self.model)
         launched = int(os.environ.get("WORLD_SIZE", 1))
         together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1
         if launched != together:
@@ -140,6 +144,9 @@ class BeftTrainerMixin(ScoringMixin, SavingMixin):
         keep_4bit_trainable(self.model)
         self._base_weights = hash_weights(self.model.get_base_model())
         self.add_callback(_LogScores(self))
+
+    def _check_given(self, given: dict[str, Any]) -> None:
+        """Refuses arguments of one trainer's, by name, before anything is loaded."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any):
         """Scores the bias terms if `bias_term="auto"`, keeps the selected one, and trains it.
@@ -288,17 +295,18 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         args: BeftSFTConfig | None = None,
-        data_collator: Callable | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        *positional: Any,
         **kwargs: Any,
     ):
         if args is None:
-            name = model if isinstance(model, str) else model.config.name_or_path
+            name = model.config.name_or_path if isinstance(model, nn.Module) else model
             args = BeftSFTConfig(f"{Path(name or 'model').name}-BEFT")
-        check_columns(train_dataset, args, kwargs.get("formatting_func"))
-        super().__init__(model, args, data_collator=data_collator, train_dataset=train_dataset, **kwargs)
+        super().__init__(model, args, *positional, **kwargs)
+
+    def _check_given(self, given: dict[str, Any]) -> None:
+        check_columns(given.get("train_dataset"), given["args"], given.get("formatting_func"))
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -27,6 +27,7 @@ from .layout import BiasSite, features
 
 
 ADAPTER_NAME = "default"
+REFERENCE_NAME = "ref"  # TRL's name for a frozen copy of the adapter
 # The part of a parameter's name that PEFT gives to the trained copies of modules_to_save.
 SAVED_WHOLE = f".modules_to_save.{ADAPTER_NAME}."
 # How the names of models with a head for a task end in Transformers, and PEFT's word for the task.
@@ -258,6 +259,17 @@ def deltas_to_fp32(model: PeftModel) -> None:
         if isinstance(module, BeftLayer):
             for delta in module.beft_bias.values():
                 delta.data = delta.data.float()
+
+
+def copy_to_reference(model: PeftModel) -> None:
+    """Gives TRL's reference adapter, which it calls "ref", the deltas of the one that is trained, in place.
+
+    TRL (1.16) copies parameters with `.default.` in their names, and the name of a delta ends with `.default`: the
+    reference would be the plain base. This goes when it copies by adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, BeftLayer) and REFERENCE_NAME in module.beft_bias:
+            module.beft_bias[REFERENCE_NAME].data.copy_(module.beft_bias[ADAPTER_NAME].data)
 
 
 def keep_4bit_trainable(model: nn.Module) -> None:

@@ -127,6 +127,16 @@ CELLS = [
 ]
 
 
+@pytest.mark.parametrize("bias_term", ["value", pytest.param("auto", marks=pytest.mark.matrix)])
+def test_an_evaluation_before_the_run_leaves_the_processes_together(reference, tmp_path, bias_term):
+    """accelerate marks the model as prepared when it evaluates, and would then leave DDP out of the run."""
+    recipe = {"bias_term": bias_term, "test_file": str(tmp_path / "cell" / "rows.jsonl")}
+    expected = reference("llama", "fp32", recipe={"bias_term": bias_term})
+    found = finished(tmp_path / "cell", "llama", "ddp", "fp32", recipe=recipe)
+    for name, delta in found.deltas.items():
+        torch.testing.assert_close(delta, expected.deltas[name], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("model", "engine", "precision"), CELLS)
 def test_a_cell_equals_the_single_process(reference, tmp_path, model, engine, precision):
     expected = reference(model, precision)

@@ -1,6 +1,7 @@
-"""`kill -9` of a run at random moments, half of them inside a save, each followed by a resume.
+"""`kill -9` of a run, each followed by a resume: at file events, and at random moments, half of them inside a save.
 
-CI kills twice; twenty times, about four minutes on two cores: pytest -m matrix tests/test_kill.py
+The rate stays high to the last step, so that a step too many would show. CI kills at eight file events and twice at
+random moments; at forty and twenty, in about six minutes on two cores: pytest -m matrix tests/test_kill.py
 """
 
 import json
@@ -40,7 +41,7 @@ PROGRAM = textwrap.dedent(
     config = BeftSFTConfig(
         sys.argv[2], score_steps=2, max_steps=int(sys.argv[4]), save_strategy="steps", save_steps=3, logging_steps=1,
         use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=4, disable_tqdm=True,
-        gradient_checkpointing=False, save_total_limit=3,
+        gradient_checkpointing=False, save_total_limit=3, lr_scheduler_type="constant",
     )
     trainer = BeftSFTTrainer(
         make_llama(), config, train_dataset=make_rows(), processing_class=make_tokenizer(), callbacks=[Progress()]
@@ -122,3 +123,75 @@ def test_every_resume_continues_and_the_end_is_that_of_a_run_never_killed(tmp_pa
     losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
     assert losses[0] == losses[1]
     assert len(losses[0]) == steps - steps % 3
+
+
+DRIVER = textwrap.dedent(
+    """
+    import json, os, signal, sys
+    sys.path.insert(0, sys.argv[1])
+    from conftest import make_llama, make_rows, make_tokenizer
+    from beft_trl import BeftSFTConfig, BeftSFTTrainer
+    from beft_trl.checkpoints import last_complete_checkpoint
+
+    EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+    folder, kills = sys.argv[2], int(sys.argv[3])
+
+    def run(out, kill_at=None, count_to=None):
+        seen = 0
+
+        def hook(event, arguments):
+            nonlocal seen
+            if event in EVENTS and out in str(arguments[0]):
+                seen += 1
+                if seen == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        config = BeftSFTConfig(
+            out, bias_term="value", max_steps=6, save_strategy="steps", save_steps=2, logging_steps=1, use_cpu=True,
+            bf16=False, report_to="none", per_device_train_batch_size=4, disable_tqdm=True,
+            gradient_checkpointing=False, save_total_limit=2, lr_scheduler_type="constant",
+        )
+        trainer = BeftSFTTrainer(make_llama(), config, train_dataset=make_rows(), processing_class=make_tokenizer())
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(out) is not None)
+        trainer.save_model()
+        if count_to:
+            with open(count_to, "w") as file:
+                file.write(str(seen))
+
+    def child(*call):
+        pid = os.fork()
+        if pid == 0:
+            sys.stdout = open(os.devnull, "w")
+            run(*call)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert child(f"{folder}/whole", None, f"{folder}/count") == 0
+    events = int(open(f"{folder}/count").read())
+    codes = []
+    for number in range(kills):
+        out = f"{folder}/killed-{number}"
+        at = 1 + number * (events - 1) // (kills - 1)
+        codes.append((at, child(out, at), child(out)))
+    print(json.dumps({"events": events, "codes": codes}))
+    """
+)
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(40, marks=pytest.mark.matrix)])
+def test_a_kill_at_any_file_event_ends_in_the_bits_of_a_run_never_killed(tmp_path, kills):
+    """From the first file that the run opens to the last one of its final save. Forked, so that imports are done once."""
+    command = [sys.executable, "-c", DRIVER, TESTS, tmp_path, str(kills)]
+    driver = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert driver.returncode == 0, driver.stderr[-2000:]
+    done = json.loads(driver.stdout.splitlines()[-1])
+    assert len({at for at, _, _ in done["codes"]}) == kills
+    assert [(killed, ended) for _, killed, ended in done["codes"]] == [(-signal.SIGKILL, 0)] * kills
+    expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    same = 0
+    for number in range(kills):
+        found = load_file(tmp_path / f"killed-{number}" / "adapter_model.safetensors")
+        same += all(found[name].numpy().tobytes() == values.numpy().tobytes() for name, values in expected.items())
+    print(f"{same} of {kills} same bits, of {done['events']} file events")
+    assert same == kills

@@ -1,22 +1,18 @@
 import gc
 import json
-import math
 import subprocess
 import sys
-from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
+from architectures import build
 from conftest import make_llama, make_opt, make_rows, make_tokenizer
-from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
-from trl import DPOConfig, DPOTrainer
 
-from beft_trl import BeftConfigMixin, BeftSFTTrainer, BeftTrainerMixin, BiasScores, find_bias_sites
+from beft_trl import BeftSFTTrainer, BeftTrainerMixin, BiasScores, find_bias_sites
 from beft_trl.tuner import delta
 
 
@@ -456,35 +452,53 @@ def test_a_model_with_a_beft_adapter_goes_on_training_it(make_trainer, tmp_path)
         fourth.train()
 
 
-@dataclass
-class BeftDPOConfig(BeftConfigMixin, DPOConfig):
-    pass
-
-
-class BeftDPOTrainer(BeftTrainerMixin, DPOTrainer):
-    pass
-
-
-def test_preference_training_through_the_mixin(tmp_path):
-    """The reference model is the base without the deltas, so that the first loss is that of equal models, ln 2."""
-    rows = [{**row, "chosen": row["completion"], "rejected": " w50 w51"} for row in make_rows(32)]
-    config = BeftDPOConfig(
-        str(tmp_path), max_steps=24, score_steps=2, per_device_train_batch_size=8, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", learning_rate=3e-2, logging_steps=1,
-        beta=1.0,
-    )  # fmt: skip
-    trainer = BeftDPOTrainer(
-        make_llama(), config, train_dataset=Dataset.from_list(rows).remove_columns("completion"),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "bias_term"),
+    [("llama", "auto"), ("llama", "value"), ("llama", "key"), ("llama", "all"), ("bloom", "auto"), ("bloom", "value")],
+)
+def test_a_score_after_training_keeps_what_was_trained(make_trainer, tmp_path, kind, bias_term):
+    """Of all candidates, with the scores of a pass before training, and what is saved is what was trained."""
+    make_model = {"llama": make_llama, "bloom": lambda: build("bloom")}[kind]
+    before = make_trainer(make_model(), bias_term=bias_term).score()
+    trainer = make_trainer(make_model(), bias_term=bias_term)
     trainer.train()
-    trainer.save_model()
-    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert fmean(losses(trainer)[-4:]) < 0.9 * losses(trainer)[0]
-    assert trainer.selected_bias_term == trainer.bias_scores.ranking[0]
-    reloaded = PeftModel.from_pretrained(make_llama(), tmp_path)
-    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
-    with torch.inference_mode():
-        trained = trainer.model.eval()(**batch).logits
-        assert torch.equal(reloaded(**batch).logits, trained)
-        assert not torch.equal(make_llama()(**batch).logits, trained)
+    trained, terms, selected = tensors(trainer.model), trainer.bias_scores.terms, trainer.selected_bias_term
+    trainer.save_model(str(tmp_path / "saved"))
+    after = trainer.score()
+    assert after.terms == before.terms
+    live = 2 if kind == "bloom" else 3
+    assert after.ranking == before.ranking and len(after.ranking) == (live if bias_term in ("auto", "all") else 1)
+    found = tensors(trainer.model)
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+    assert trainer.selected_bias_term == selected and trainer.bias_scores.terms == terms
+    trainer.save_model(str(tmp_path / "again"))
+    saved, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("saved", "again"))
+    assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+
+
+def test_training_goes_on_after_a_score_as_without_one(make_trainer):
+    models = []
+    for scored in (False, True):
+        trainer = make_trainer(make_llama())
+        trainer.train()
+        if scored:
+            trainer.score()
+        trainer.train()
+        models.append(tensors(trainer.model))
+    assert all(torch.equal(models[1][name], values) for name, values in models[0].items())
+
+
+def test_a_loss_that_depends_on_no_bias_is_not_the_optimizers_fault(make_trainer):
+    """Labels that are all masked, in rows that nothing has looked at."""
+    trainer = make_trainer(make_llama())
+    collate = trainer.data_collator
+
+    def masked(rows):
+        batch = collate(rows)
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+    trainer.data_collator = masked
+    with pytest.raises((ValueError, FloatingPointError), match="masked|loss is nan"):
+        trainer.score()

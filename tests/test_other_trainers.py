@@ -1,0 +1,288 @@
+"""The mixin before TRL's other trainers: preference, reward and reinforcement learning."""
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, set_seed
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
+
+from beft_trl import BeftConfigMixin, BeftTrainerMixin
+
+
+@dataclass
+class BeftDPOConfig(BeftConfigMixin, DPOConfig):
+    pass
+
+
+@dataclass
+class BeftKTOConfig(BeftConfigMixin, KTOConfig):
+    pass
+
+
+@dataclass
+class BeftGRPOConfig(BeftConfigMixin, GRPOConfig):
+    pass
+
+
+@dataclass
+class BeftRLOOConfig(BeftConfigMixin, RLOOConfig):
+    pass
+
+
+@dataclass
+class BeftRewardConfig(BeftConfigMixin, RewardConfig):
+    pass
+
+
+class BeftDPOTrainer(BeftTrainerMixin, DPOTrainer):
+    pass
+
+
+class BeftKTOTrainer(BeftTrainerMixin, KTOTrainer):
+    pass
+
+
+class BeftGRPOTrainer(BeftTrainerMixin, GRPOTrainer):
+    pass
+
+
+class BeftRLOOTrainer(BeftTrainerMixin, RLOOTrainer):
+    pass
+
+
+class BeftRewardTrainer(BeftTrainerMixin, RewardTrainer):
+    pass
+
+
+COMMON = {
+    "max_steps": 4, "score_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False,
+    "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "learning_rate": 1e-2,
+    "logging_steps": 1, "disable_tqdm": True,
+}  # fmt: skip
+
+
+def pairs():
+    rows = [{**row, "chosen": row["completion"], "rejected": " w50 w51"} for row in make_rows(32)]
+    return Dataset.from_list(rows).remove_columns("completion")
+
+
+def marked():
+    return Dataset.from_list([{**row, "label": number % 2 == 0} for number, row in enumerate(make_rows(32))])
+
+
+def prompts():
+    return make_rows(16).remove_columns("completion")
+
+
+def short_answers(completions, **columns):
+    """A reward that differs within each group."""
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def make_dpo(model, folder, **settings):
+    return BeftDPOTrainer(
+        model, args=BeftDPOConfig(str(folder), **(COMMON | settings)), train_dataset=pairs(),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+
+
+def make_kto(model, folder, **settings):
+    return BeftKTOTrainer(
+        model, args=BeftKTOConfig(str(folder), **(COMMON | settings)), train_dataset=marked(),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+
+
+def make_online(trainer, config, model, folder, **settings):
+    sizes = {"num_generations": 2, "max_completion_length": 6}
+    return trainer(
+        model, short_answers, args=config(str(folder), **(COMMON | sizes | settings)), train_dataset=prompts(),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+
+
+def make_grpo(model, folder, **settings):
+    return make_online(BeftGRPOTrainer, BeftGRPOConfig, model, folder, **({"beta": 0.1} | settings))
+
+
+def make_rloo(model, folder, **settings):
+    return make_online(BeftRLOOTrainer, BeftRLOOConfig, model, folder, **({"beta": 0.1} | settings))
+
+
+def make_reward(model, folder, **settings):
+    return BeftRewardTrainer(
+        model, args=BeftRewardConfig(str(folder), **(COMMON | settings)), train_dataset=pairs(),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+
+
+TRAINERS = {"DPO": make_dpo, "KTO": make_kto, "GRPO": make_grpo, "RLOO": make_rloo}
+BATCH = {"input_ids": torch.tensor([[5, 6, 7]])}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_scored_trained_and_saved_under_the_right_names(kind, by_name, tmp_path):
+    make_llama().save_pretrained(tmp_path / "base")
+    model = str(tmp_path / "base") if by_name else make_llama()
+    trainer = TRAINERS[kind](model, tmp_path / "out", model_init_kwargs={"dtype": "float32"} if by_name else None)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.selected_bias_term == trainer.bias_scores.ranking[0]
+    assert len(trainer.bias_scores.ranking) == 3
+    assert trainer.ref_model is None
+    assert not (tmp_path / "out" / "ref").exists()
+    projection = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[trainer.selected_bias_term]
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert set(saved) == {
+        f"base_model.model.model.layers.{layer}.self_attn.{projection}.beft_bias" for layer in (0, 1)
+    }
+    reloaded = PeftModel.from_pretrained(make_llama(), tmp_path / "out")
+    with torch.inference_mode():
+        trained = trainer.model.eval()(**BATCH).logits
+        assert torch.equal(reloaded(**BATCH).logits, trained)
+        assert not torch.equal(make_llama()(**BATCH).logits, trained)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_run_after_a_scoring_pass_is_that_of_a_run_with_the_term_given(kind, tmp_path):
+    """Generation among it: the same random numbers, prompts and counters."""
+    auto = TRAINERS[kind](make_llama(), tmp_path / "auto")
+    auto.train()
+    given = TRAINERS[kind](make_llama(), tmp_path / "given", bias_term=auto.selected_bias_term)
+    given.train()
+    found, expected = auto.model.state_dict(), given.model.state_dict()
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    timed = ("time", "runtime", "per_second")
+    logs = [
+        [
+            {key: value for key, value in entry.items() if not any(word in key for word in timed)}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        for trainer in (auto, given)
+    ]
+    assert str(logs[0]) == str(logs[1])  # as text, for the NaN among them
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_only_learnt_tokens_count_for_the_mean_output(kind, tmp_path, monkeypatch):
+    """The mean over what the loss sees, by hand: prompts and completions, and no token of the generation."""
+    trainer = TRAINERS[kind](make_llama(), tmp_path / "out", score_steps=1, max_steps=1)
+    path = "model.layers.0.self_attn.v_proj"
+    means = []
+    compute_loss = type(trainer).compute_loss
+
+    def note(self, model, inputs, *others, **kwargs):
+        if not means:
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            plain, outputs = make_llama(), []
+            plain.get_submodule(path).register_forward_hook(lambda *call: outputs.append(call[-1].detach()))
+            plain(input_ids=ids, attention_mask=mask)
+            means.append(outputs[0][mask.bool()].mean(0))
+        return compute_loss(self, model, inputs, *others, **kwargs)
+
+    monkeypatch.setattr(type(trainer), "compute_loss", note)
+    # One step of Adam moves every number by the rate, so that the anchor's length follows from the importance.
+    scores = trainer.score()
+    site = next(layer for layer in scores.terms["value"].layers if layer.layer == 0)
+    assert scores.anchor == "activation" and site.importance > 0
+    trainer = TRAINERS[kind](
+        make_llama(), tmp_path / "relative", score_steps=1, max_steps=1, bias_term="value", relative_learning_rate=0.1
+    )
+    rates = trainer._relative_learning_rates("value")
+    assert rates[path] == pytest.approx(0.1 * means[0].square().mean().sqrt().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_a_reference_that_is_the_model_itself_is_refused(kind, tmp_path):
+    model = make_llama()
+    make, config, rows = {
+        "DPO": (BeftDPOTrainer, BeftDPOConfig, pairs), "KTO": (BeftKTOTrainer, BeftKTOConfig, marked),
+    }[kind]  # fmt: skip
+    with pytest.raises(ValueError, match="ref_model"):
+        make(
+            model, ref_model=model, args=config(str(tmp_path), **COMMON), train_dataset=rows(),
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
+
+
+def test_an_adapter_that_goes_on_is_its_own_reference_and_is_saved_alone(tmp_path):
+    """TRL copies it to an adapter named "ref", which is no part of what is saved."""
+    first = make_dpo(make_llama(), tmp_path / "first", bias_term="value")
+    first.train()
+    first.save_model()
+    adapted = PeftModel.from_pretrained(make_llama(), tmp_path / "first")
+    second = make_dpo(adapted, tmp_path / "second", bias_term="value")
+    second.train()
+    second.save_model()
+    assert not (tmp_path / "second" / "ref").exists()
+    assert [entry["loss"] for entry in second.state.log_history if "loss" in entry][0] == pytest.approx(math.log(2))
+    before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("first", "second"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_preference_training_learns_what_is_preferred(tmp_path):
+    """The reference model is the base without the deltas, so that the first loss is that of equal models, ln 2."""
+    config = BeftDPOConfig(
+        str(tmp_path),
+        **COMMON | {"max_steps": 24, "per_device_train_batch_size": 8, "learning_rate": 3e-2},
+        beta=1.0,
+    )
+    trainer = BeftDPOTrainer(make_llama(), config, train_dataset=pairs(), processing_class=make_tokenizer())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert fmean(losses[-4:]) < 0.9 * losses[0]
+
+
+def make_reward_model():
+    set_seed(0)
+    config = make_llama().config
+    config.num_labels = 1
+    return LlamaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_reward_model_is_saved_with_its_head(by_name, tmp_path):
+    make_reward_model().save_pretrained(tmp_path / "base")
+    trainer = make_reward(str(tmp_path / "base") if by_name else make_reward_model(), tmp_path / "out")
+    trainer.train()
+    trainer.save_model()
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert "base_model.model.score.weight" in saved and len(saved) == 3
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert not torch.equal(saved["base_model.model.score.weight"], base.score.weight)
+    with torch.inference_mode():
+        trained = trainer.model.eval()(**BATCH).logits
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "out")(**BATCH).logits, trained)
+
+
+def test_a_causal_model_becomes_a_reward_model_by_its_name(tmp_path):
+    """As RewardTrainer does: the head is new, and trained."""
+    make_llama().save_pretrained(tmp_path / "base")
+    trainer = make_reward(str(tmp_path / "base"), tmp_path / "out")
+    trainer.train()
+    trainer.save_model()
+    assert trainer.model.peft_config["default"].task_type == "SEQ_CLS"
+    assert "base_model.model.score.weight" in load_file(tmp_path / "out" / "adapter_model.safetensors")
