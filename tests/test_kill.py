@@ -181,7 +181,7 @@ DRIVER = textwrap.dedent(
 
 @pytest.mark.parametrize("kills", [8, pytest.param(40, marks=pytest.mark.matrix)])
 def test_a_kill_at_any_file_event_ends_in_the_bits_of_a_run_never_killed(tmp_path, kills):
-    """From the first file that the run opens to the last one of its final save. Forked, so that imports are done once."""
+    """From the first file that the run opens to the last one of its final save. Forked: imports are done once."""
     command = [sys.executable, "-c", DRIVER, TESTS, tmp_path, str(kills)]
     driver = subprocess.run(command, capture_output=True, text=True, check=False)
     assert driver.returncode == 0, driver.stderr[-2000:]

@@ -1,0 +1,33 @@
+"""What the repository holds twice is the same, and a checkout needs no symbolic links, which Windows does not make."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "beft_trl"
+# The package's own files, for a wheel, and those that a clone shows.
+COPIES = [(PACKAGE / "accelerate_configs", REPOSITORY / "recipes" / "accelerate_configs")] + [
+    (PACKAGE / "demo_files" / path, REPOSITORY / path)
+    for path in ("recipes/demo.yaml", "examples/data/support_train.jsonl", "examples/data/support_test.jsonl")
+]
+
+
+@pytest.mark.parametrize(("shipped", "shown"), COPIES, ids=[path.name for path, _ in COPIES])
+def test_what_a_wheel_ships_is_what_a_clone_shows(shipped, shown):
+    contents = [
+        {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        if folder.is_dir()
+        else folder.read_bytes()
+        for folder in (shipped, shown)
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_nothing_in_it_is_a_symbolic_link():
+    files = subprocess.run(["git", "ls-files", "-s"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    assert not [line for line in files.stdout.splitlines() if line.startswith("120000")]
