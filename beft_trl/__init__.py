@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .importance import BiasScores
     from .layout import BiasSite, BiasSites, UnsupportedLayoutError, find_bias_sites
     from .merge import MergeReport, merge_adapter
-    from .trainer import BeftSFTTrainer, BeftTrainer, BeftTrainerMixin
+    from .mixin import BeftTrainerMixin
+    from .trainer import BeftSFTTrainer, BeftTrainer
     from .tuner import load_adapter
     from .weight_files import MergeError
 
@@ -22,7 +23,7 @@ _MODULE_OF = {
     "BeftSFTConfig": "config",
     "BeftSFTTrainer": "trainer",
     "BeftTrainer": "trainer",
-    "BeftTrainerMixin": "trainer",
+    "BeftTrainerMixin": "mixin",
     "BeftTrainingArguments": "config",
     "BiasScores": "importance",
     "BiasSite": "layout",

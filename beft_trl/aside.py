@@ -1,7 +1,6 @@
 """A short training aside of a run, which leaves the trainer, its random state and its data order as they were."""
 
 import copy
-import gc
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,24 +71,6 @@ def forget_preparation(model: nn.Module, accelerator: Accelerator) -> None:
     """
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     vars(model).pop("_is_accelerate_prepared", None)
-
-
-@contextmanager
-def short_collections() -> Iterator[None]:
-    """Inside, garbage collections pass over what exists already, most of it imported libraries.
-
-    Trainer and accelerate collect before and behind each run, a third of a second each time: as much as all else in a
-    scoring pass of fast steps.
-    """
-    if gc.get_freeze_count():  # the user's own, which `unfreeze` would undo
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager

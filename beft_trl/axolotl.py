@@ -25,7 +25,7 @@ except ImportError as error:
 
 from .deltas import gather_deltas
 from .layout import find_bias_sites, sites_of_term
-from .trainer import BeftTrainerMixin
+from .mixin import BeftTrainerMixin
 from .tuner import attach_deltas, beft_config, delta, load_adapter
 
 
@@ -160,7 +160,7 @@ class BeftPlugin(BasePlugin):
                 # where DeepSpeed may hold 16-bit copies of the biases.
                 self.save_model(self.args.output_dir)
                 if not any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
-                    _keep_fp32(self.model, self._sites)
+                    _keep_fp32(self.model, self._deltas.sites)
                 return output
 
         return BeftAxolotlTrainer

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTTrainer, get_quantization_config
 
-from .checkpoints import check_writable, checkpoint_to_resume, refuse_foreign_output
+from .checkpoints import check_writable
 from .config import BeftSFTConfig
 from .engines import engine_of, precision_of, refuse_cell
 from .labels import LabelAudit, audit_labels, check_columns, untruncated
@@ -24,6 +24,7 @@ from .layout import BiasSites, find_bias_sites, sites_of_term, skeleton_of
 from .memory import MemoryEstimate, estimate_memory
 from .recipe import Recipe, parse_recipe
 from .run import Data, load_data
+from .scoring import run_steps, score_steps
 from .trainer import BeftSFTTrainer
 
 
@@ -186,14 +187,14 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
         )
         check.labels = audit_labels(given, prepared, whole, data.tokenizer, args, check.processes)
     with check.noting():
-        if checkpoint_to_resume(trainer.args.output_dir, args.resume_from_checkpoint) is None:
-            refuse_foreign_output(trainer.args.output_dir, trainer._base_model_name(), args.bias_term)
-    with check.noting():
-        check.steps = trainer._run_steps()
-        check.score_steps = trainer._score_steps(args.score_steps) if args.bias_term == "auto" else 0
+        check.steps = run_steps(trainer)
+        check.score_steps = score_steps(args.score_steps, check.steps) if args.bias_term == "auto" else 0
         if args.bias_term != "auto" and args.relative_learning_rate is not None:
-            steps = trainer._score_steps(args.score_steps)
+            steps = score_steps(args.score_steps, check.steps)
             check.notes.append(f"Before the run {steps} steps measure what relative_learning_rate is relative to.")
+    with check.noting():
+        planned.per_device_train_batch_size = args.per_device_train_batch_size  # as a checkpoint has it
+        trainer.checkpoint_to_resume(args.resume_from_checkpoint, check.engine or "single", check.processes)
     check.device_memory = _device_memory(args.device, check.processes)
     try:
         check.memory = estimate_memory(

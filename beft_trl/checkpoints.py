@@ -17,7 +17,7 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from .identity import FIXED, differences
-from .importance import SCORES_FILE, BiasScores
+from .importance import SCORES_FILE, BiasScores, recorded_learning_rates
 
 
 # Not accelerate's logger, which wants a running accelerator: checkpoints are also looked at without one.
@@ -163,26 +163,29 @@ def checkpoint_to_resume(output_dir: str | Path, asked: str | bool | None) -> st
     return last
 
 
-def recorded_scores(checkpoint: str | Path, bias_term: str, relative_learning_rate: float | None) -> BiasScores:
-    """The scores, and with them the selection and the learning rates, of a checkpoint.
+def recorded_selection(
+    checkpoint: str | Path, bias_term: str, relative_learning_rate: float | None
+) -> tuple[BiasScores, dict[str, float]]:
+    """The scores of a checkpoint, and with them the selection, and the learning rates.
 
     Raises:
-        ValueError: where it trains another term than `bias_term`, or one of the two runs has relative learning rates
+        ValueError: if it trains another term than `bias_term`, or one of the two runs has relative learning rates
             and the other has none.
     """
-    scores = BiasScores.from_json(Path(checkpoint) / SCORES_FILE)
+    file = Path(checkpoint) / SCORES_FILE
+    scores, rates = BiasScores.from_json(file), recorded_learning_rates(file)
     if bias_term not in ("auto", scores.selected):
         raise ValueError(
             f"{checkpoint} trains the {scores.selected} bias, and this run asks for bias_term={bias_term!r}. Resume "
             "with bias_term='auto' or the recorded one, or start anew in another output_dir."
         )
-    if bool(scores.learning_rates) != (relative_learning_rate is not None):
+    if bool(rates) != (relative_learning_rate is not None):
         raise ValueError(
-            f"{checkpoint} was trained {'with' if scores.learning_rates else 'without'} relative_learning_rate, and "
-            f"this run asks for relative_learning_rate={relative_learning_rate}. Resume as it was written, or "
-            "start anew in another output_dir."
+            f"{checkpoint} was trained {'with' if rates else 'without'} relative_learning_rate, and this run asks for "
+            f"relative_learning_rate={relative_learning_rate}. Resume as it was written, or start anew in another "
+            "output_dir."
         )
-    return scores
+    return scores, rates
 
 
 def refuse_foreign_output(output_dir: str | Path, base_model: str, bias_term: str) -> None:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .layout import BiasSite
-from .tuner import SAVED_WHOLE, delta, parameters_saved_whole, projection, rows_of_modules
+from .tuner import SAVED_WHOLE, Deltas, delta, parameters_saved_whole, projection, rows_of_modules
 
 
 PREFIX = "base_model.model."  # of the base model's modules in a PeftModel
@@ -111,6 +111,19 @@ def set_deltas(model: PeftModel, values: Mapping[BiasSite, Tensor | None]) -> No
             if rows is not None:
                 target = parameters[site.module]
                 target[0, site.rows.to(target.device)] = rows.to(target)
+
+
+@contextmanager
+def all_at_zero(deltas: Deltas) -> Iterator[None]:
+    """Inside, every candidate has a delta, of zero; after it, those that had one before have their values again."""
+    kept, values = deltas.sites, gather_deltas(deltas.model, deltas.sites)
+    deltas.keep(deltas.candidates)
+    set_deltas(deltas.model, dict.fromkeys(deltas.candidates))
+    try:
+        yield
+    finally:
+        deltas.keep(kept)
+        set_deltas(deltas.model, values)
 
 
 def check_moved(deltas: dict[BiasSite, Tensor], saved_whole: dict[str, Tensor] | None = None) -> None:

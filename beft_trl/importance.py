@@ -1,6 +1,7 @@
 """Scores of bias terms: pure functions on tensors, and `BiasScores`, the table that they fill."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,7 @@ from .layout import BiasSite
 
 SCORES_FILE = "beft_scores.json"
 # Keys of the file that earlier ones lack.
-OPTIONAL_KEYS = ("quantization", "notes", "versions", "learning_rates")
+OPTIONAL_KEYS = ("quantization", "notes", "versions")
 # score_method -> the score that ranks by it
 SCORE_OF_METHOD = {"beft": "importance", "magnitude": "magnitude", "fisher": "fisher"}
 
@@ -100,7 +101,6 @@ class BiasScores:
         quantization: the configuration that the base model was quantised with, or `None`.
         notes: sentences on layers that were left out, and on dead terms of single layers.
         versions: of this package and of those that the run stood on, by name.
-        learning_rates: of the trained deltas, by the path of their module, where `relative_learning_rate` sets them.
     """
 
     selected: str
@@ -112,7 +112,6 @@ class BiasScores:
     quantization: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
-    learning_rates: dict[str, float] = field(default_factory=dict)
 
     def covers(self, site: BiasSite) -> bool:
         """Whether the bias at `site` is alive: it was scored, or its structure says so where nothing was."""
@@ -150,7 +149,6 @@ class BiasScores:
             "quantization": self.quantization,
             "notes": self.notes,
             "versions": self.versions,
-            "learning_rates": self.learning_rates,
             "terms": {
                 name: {
                     **{score: term.score(score) for score in SCORE_OF_METHOD.values()},
@@ -162,9 +160,16 @@ class BiasScores:
             },
         }
 
-    def to_json(self, path: str | Path) -> None:
-        """Writes `beft_scores.json`. The same scores give the same bytes."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+    def to_json(self, path: str | Path, learning_rates: Mapping[str, float] | None = None) -> None:
+        """Writes `beft_scores.json`. The same scores give the same bytes.
+
+        Args:
+            path (`str` or `Path`): the file.
+            learning_rates (`dict[str, float]`, *optional*): of the trained deltas, by the path of their module, if
+                `relative_learning_rate` sets them; see [`recorded_learning_rates`].
+        """
+        record = {**self.to_dict(), "learning_rates": dict(learning_rates or {})}
+        Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "BiasScores":
@@ -191,6 +196,11 @@ class BiasScores:
             ) from error
         optional = {name: record[name] for name in OPTIONAL_KEYS if name in record}
         return cls(terms=terms, **fields, **optional)
+
+
+def recorded_learning_rates(path: str | Path) -> dict[str, float]:
+    """The learning rates that a `beft_scores.json` holds, by the path of their module; empty if it holds none."""
+    return json.loads(Path(path).read_text(encoding="utf-8")).get("learning_rates", {})
 
 
 def rank(terms: dict[str, TermScores], method: str) -> list[str]:

@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,9 +57,9 @@ class UnsupportedLayoutError(ValueError):
     """The model's attention projections are missing or of a layout that this package does not train."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class BiasSite:
-    """One bias term of one attention layer.
+    """One bias term of one attention layer. Two of one layer, term and module are equal.
 
     Attributes:
         layer: index of the decoder or encoder layer, from 0.
@@ -67,16 +67,16 @@ class BiasSite:
         module: dotted path, in the base model, of the projection that the bias is added to.
         rows: 1-D LongTensor, the output features of `module` that belong to the term, in rising order.
         has_bias: whether the projection has a bias of its own.
-        dead: why a bias here has no effect on the model's output, or `None` where it has one. The scoring pass
-            corrects it where the gradient says otherwise.
+        dead: why a bias here has no effect on the model's output as far as its structure tells, or `None` if it has
+            one. A scoring pass gives sites that are corrected by their gradients.
     """
 
     layer: int
     term: str
     module: str
-    rows: Tensor
-    has_bias: bool
-    dead: str | None
+    rows: Tensor = field(compare=False, repr=False)
+    has_bias: bool = field(compare=False)
+    dead: str | None = field(compare=False)
 
 
 class BiasSites(list[BiasSite]):

@@ -1,11 +1,12 @@
 """What a person reads of a run: the terminal table, the heat map and the model card."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
+from rich.text import Text
 
 from .importance import SCORE_OF_METHOD, BiasScores
 
@@ -34,15 +35,21 @@ PAPER = {
 }
 
 
-def scores_table(scores: BiasScores, trainable: int, total: int | None) -> Table:
+def scores_table(
+    scores: BiasScores, trainable: int, total: int | None, learning_rates: Mapping[str, float] | None = None
+) -> Table:
     """The scores of every term, with the choice, its margin and why a term is out.
 
     Args:
-        scores: what the scoring pass found.
-        trainable: number of parameters that will be trained.
-        total: number of parameters of the whole model, or `None` where that is not known.
+        scores (`BiasScores`): what the scoring pass found.
+        trainable (`int`): number of parameters that will be trained.
+        total (`int`, *optional*): number of parameters of the whole model, or `None` if that is not known.
+        learning_rates (`dict[str, float]`, *optional*): of the trained deltas, by the path of their module.
     """
-    table = Table(title=f"Bias terms of {scores.base_model or 'the model'}", caption=choice(scores, trainable, total))
+    table = Table(
+        title=Text(f"Bias terms of {scores.base_model or 'the model'}"),  # a name may look like markup
+        caption=Text(choice(scores, trainable, total, learning_rates)),
+    )
     for heading in COLUMNS:
         table.add_column(heading, justify="left" if heading in ("term", "") else "right")
     for row in _rows(scores):
@@ -69,8 +76,10 @@ def _rows(scores: BiasScores) -> list[list[str]]:
     return rows
 
 
-def choice(scores: BiasScores, trainable: int, total: int | None) -> str:
-    """One paragraph: what is trained, why, and how much of the model it is."""
+def choice(
+    scores: BiasScores, trainable: int, total: int | None, learning_rates: Mapping[str, float] | None = None
+) -> str:
+    """One paragraph: what is trained, why, how fast, and how much of the model it is."""
     sentences = []
     if scores.method is None:
         sentences.append(f"Selected: the {scores.selected} bias, as asked, without scoring.")
@@ -78,8 +87,8 @@ def choice(scores: BiasScores, trainable: int, total: int | None) -> str:
         by = f"by {scores.ranked_by} after {scores.steps} steps, anchored at {ANCHORS[scores.anchor or 'bias']}"
         margin = f", {scores.margin:.3g} times the second" if scores.margin is not None else ""
         sentences.append(f"Selected: the {scores.selected} bias, first {by}{margin}.")
-    if scores.learning_rates:
-        lowest, highest = min(scores.learning_rates.values()), max(scores.learning_rates.values())
+    if learning_rates:
+        lowest, highest = min(learning_rates.values()), max(learning_rates.values())
         sentences.append(f"Learning rates from {lowest:.1e} to {highest:.1e}, by the mean output of each projection.")
     if total is not None:
         sentences.append(f"{trainable:,} trainable of {total:,} parameters ({trainable / total:.4%}).")
@@ -132,6 +141,7 @@ def model_card(
     scores: BiasScores,
     trainable: int,
     total: int,
+    learning_rates: Mapping[str, float] | None = None,
     model_name: str | None = None,
     dataset_name: str | None = None,
     tags: list[str] | None = None,
@@ -139,10 +149,19 @@ def model_card(
     plain_peft: bool = True,
     saved_whole: Sequence[str] = (),
 ) -> ModelCard:
-    """The README of an adapter: what was trained and why, and how to load it, with PEFT alone where `plain_peft`.
+    """The README of an adapter: what was trained and why, and how to load it.
 
     Args:
-        saved_whole: names of the modules that were trained whole, such as a task's head.
+        scores (`BiasScores`): of the run.
+        trainable (`int`): number of parameters that were trained.
+        total (`int`): number of parameters of the whole model.
+        learning_rates (`dict[str, float]`, *optional*): of the deltas, by the path of their module.
+        model_name (`str`, *optional*): the title. Default: "BEFT adapter".
+        dataset_name (`str`, *optional*): of the hub.
+        tags (`list[str]`, *optional*): next to "beft".
+        auto_class (`str`, *optional*, defaults to `"AutoModelForCausalLM"`): loads the base model.
+        plain_peft (`bool`, *optional*, defaults to `True`): whether PEFT loads the adapter without this package.
+        saved_whole (`Sequence[str]`, *optional*): names of the modules that were trained whole, such as a task's head.
     """
     base = scores.base_model or "BASE_MODEL"
     # The hub takes names of its own models only: a local path would fail its validation.
@@ -162,7 +181,7 @@ def model_card(
         f"# {model_name or 'BEFT adapter'}",
         f"The {scores.selected} bias of every attention layer of `{base}`, fine-tuned with BEFT. The base model is "
         f"frozen: this folder holds nothing but {holds}, in fp32.",
-        choice(scores, trainable, total),
+        choice(scores, trainable, total, learning_rates),
     ]
     if scores.method is not None:
         sections += [_markdown_table(scores), f"![scores of each term and layer]({HEAT_MAP_FILE})"]

@@ -202,7 +202,48 @@ def load_adapter(model: nn.Module, folder: str, **kwargs: Any) -> PeftModel:
         return PeftModel.from_pretrained(model, folder, **kwargs)
 
 
-def confine_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[RemovableHandle]:
+class Deltas:
+    """Which of a model's candidate sites have a delta. The layers of the others are put by, and can come back.
+
+    Args:
+        model (`PeftModel`): with a delta at each candidate.
+        candidates (`Sequence[BiasSite]`): the sites that can have a delta.
+
+    Attributes:
+        sites (`list[BiasSite]`): those that have one.
+    """
+
+    def __init__(self, model: PeftModel, candidates: Sequence[BiasSite]):
+        self.model, self.candidates = model, list(candidates)
+        self.sites = self.candidates
+        self._put_by: dict[str, nn.Module] = {}  # by path
+        self._confined = _confine(model, self.candidates)
+
+    def keep(self, sites: Sequence[BiasSite]) -> None:
+        """Leaves a delta at each of `sites` and at no other candidate, and says so in the adapter's configuration."""
+        self.sites = list(sites)
+        kept = {site.module for site in sites}
+        for path in sorted({site.module for site in self.candidates}):
+            if path in kept and path in self._put_by:
+                _replace(self.model, path, self._put_by.pop(path))
+            elif path not in kept and path not in self._put_by:
+                self._put_by[path] = _layer(self.model, path)
+                _replace(self.model, path, projection(self.model, path))
+        tuner: Any = self.model.base_model
+        # Lists, since PEFT would write a set to the adapter's file in any order.
+        tuner.targeted_module_names = sorted(kept)
+        self.model.peft_config[ADAPTER_NAME].target_modules = sorted(kept)
+        for handle in self._confined:
+            handle.remove()
+        self._confined = _confine(self.model, sites)
+
+
+def _replace(model: PeftModel, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_base_model().get_submodule(parent), name, layer)
+
+
+def _confine(model: PeftModel, sites: Sequence[BiasSite]) -> list[RemovableHandle]:
     """Cuts the gradients of fused layers' deltas down to the rows of `sites`, until the handles are removed.
 
     The rest of the vector starts at zero, and without a gradient every optimizer and weight decay leave it there.
@@ -215,38 +256,6 @@ def confine_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[Removabl
             mask = torch.zeros(1, size).index_fill_(1, rows, 1)
             handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient)))
     return handles
-
-
-def keep_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, nn.Module]:
-    """Removes every delta but those of `sites`, in place, and says so in the adapter's configuration.
-
-    Returns:
-        The layers that were taken out, by path, for [`put_back_deltas`].
-    """
-    kept = {site.module for site in sites}
-    removed = {path: _layer(model, path) for path in _targets(model) if path not in kept}
-    _replace_layers(model, {path: layer.get_base_layer() for path, layer in removed.items()}, kept)
-    return removed
-
-
-def put_back_deltas(model: PeftModel, removed: dict[str, nn.Module]) -> None:
-    """Puts layers that [`keep_deltas`] removed back, in place."""
-    _replace_layers(model, removed, {*_targets(model), *removed})
-
-
-def _targets(model: PeftModel) -> list[str]:
-    tuner: Any = model.base_model
-    return tuner.targeted_module_names
-
-
-def _replace_layers(model: PeftModel, layers: dict[str, nn.Module], targets: set[str]) -> None:
-    for path, layer in layers.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_base_model().get_submodule(parent), name, layer)
-    tuner: Any = model.base_model
-    # A list, since PEFT would write a set to the adapter's file in any order.
-    tuner.targeted_module_names = sorted(targets)
-    model.peft_config[ADAPTER_NAME].target_modules = sorted(targets)
 
 
 def deltas_to_fp32(model: PeftModel) -> None:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 
 TEMPLATE_FILES = (".jinja", ".j2")
@@ -53,11 +54,15 @@ def _refuse_new(model: Any, name: str, tokenizer: PreTrainedTokenizerBase | None
     vocabulary = tokenizer.get_vocab()
     new: list[str] = []
     try:
-        where = {"revision": getattr(model.config, "_commit_hash", None), "local_files_only": True}
+        where: Any = {"revision": getattr(model.config, "_commit_hash", None), "local_files_only": True}
         size = AutoConfig.from_pretrained(name, **where).get_text_config().vocab_size
         new = [token for token, index in vocabulary.items() if index >= size]
-        known = AutoTokenizer.from_pretrained(name, **where).get_vocab()
-        new = new or [token for token in vocabulary if token not in known]
+        # Transformers makes up a tokenizer for a folder that has none.
+        if not new and cached_file(
+            name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **where
+        ):
+            known = AutoTokenizer.from_pretrained(name, **where).get_vocab()
+            new = [token for token in vocabulary if token not in known]
     except (OSError, ValueError, AttributeError):
         pass  # the base is not at hand any more, or has no tokenizer
     # Padding is masked, so that its embedding does not matter.

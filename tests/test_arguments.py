@@ -87,7 +87,7 @@ def test_weight_decay_acts_on_the_biases(make_trainer, settings):
         )
         trainer.train()
         runs[decay] = trainer
-    rates = runs[0.5].bias_scores.learning_rates
+    rates = runs[0.5].learning_rates
     for site in find_bias_sites(make_llama()):
         if site.term == "value":
             name = f"base_model.model.{site.module}.beft_bias.default"
@@ -135,4 +135,4 @@ def test_the_loss_is_looked_at_once_for_each_optimizer_step(make_trainer, monkey
     )
     trainer.train()
     assert len(batches) == 8
-    assert looks.count("beft_trl.trainer") == 2
+    assert looks.count("beft_trl.mixin") == 2

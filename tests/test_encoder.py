@@ -27,6 +27,7 @@ from transformers import (
 
 from beft_trl import BeftTrainer, BeftTrainingArguments, MergeError, merge_adapter
 from beft_trl.info import adapter_report
+from beft_trl.saving import sizes
 
 
 SIZES = {
@@ -98,7 +99,7 @@ def test_bias_and_head_are_trained_and_nothing_else(kind, rows, tmp_path):
     assert len([name for name in names if name.endswith(".beft_bias")]) == SIZES["num_hidden_layers"]
     assert all(not torch.equal(saved[f"base_model.model.{name}"], before[name]) for name in HEADS[kind])
     trained = sum(values.numel() for values in saved.values())
-    assert trainer._sizes()[0] == trained
+    assert sizes(trainer._deltas)[0] == trained
     told = " ".join(str(part) for part in adapter_report(tmp_path / "out"))
     assert all(name in told for name in HEADS[kind])
     card = (tmp_path / "out" / "README.md").read_text()

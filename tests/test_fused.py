@@ -1,5 +1,7 @@
 """Training one term of a projection that holds all three: only its rows may move."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import build
@@ -60,7 +62,7 @@ def test_only_the_rows_of_the_term_train_under_weight_decay(name, make_config):
 
 def test_a_delta_that_moved_outside_its_rows_is_not_saved(make_config, tmp_path):
     trainer = trained(build("bloom"), make_config)
-    site = trainer._sites[0]
+    site = trainer._deltas.sites[0]
     with torch.no_grad():
         delta(trainer.model, site)[0, site.rows[-1] + 1] = 1e-6
     with pytest.raises(
@@ -147,11 +149,12 @@ def test_the_gradient_finds_a_live_key_that_the_structure_takes_for_dead(make_co
     ],
 )
 def test_how_a_key_is_judged(precision, share, structure, dead):
-    sites = find_bias_sites(build("llama"))[:3]
-    sites[1].dead = structure
+    query, key, value = find_bias_sites(build("llama"))[:3]
+    sites = [query, replace(key, dead=structure), value]
     gradients = {site: torch.full((2, len(site.rows)), share if site.term == "key" else 1.0) for site in sites}
-    notes = judge_dead(sites, gradients, precision)
-    assert (sites[1].dead is not None) == dead
+    judged, notes = judge_dead(sites, gradients, precision)
+    assert (judged[1].dead is not None) == dead
+    assert sites[1].dead == structure  # what was given is as it was
     assert bool(notes) == (dead != (structure is not None))
 
 
@@ -159,6 +162,6 @@ def test_a_dead_key_moves_nothing_else(make_config):
     """A scoring pass with dead keys among the candidates trains as one that knows of none."""
     auto = trained(build("bloom"), make_config)
     given = trained(build("bloom"), make_config, bias_term=auto.selected_bias_term)
-    for site in auto._sites:
-        twin = next(other for other in given._sites if other.module == site.module)
+    for site in auto._deltas.sites:
+        twin = next(other for other in given._deltas.sites if other.module == site.module)
         assert torch.equal(delta(auto.model, site), delta(given.model, twin))

@@ -209,8 +209,8 @@ def test_only_learnt_tokens_count_for_the_mean_output(kind, tmp_path, monkeypatc
     trainer = TRAINERS[kind](
         make_llama(), tmp_path / "relative", score_steps=1, max_steps=1, bias_term="value", relative_learning_rate=0.1
     )
-    rates = trainer._relative_learning_rates("value")
-    assert rates[path] == pytest.approx(0.1 * means[0].square().mean().sqrt().item(), rel=1e-4)
+    trainer.train()
+    assert trainer.learning_rates[path] == pytest.approx(0.1 * means[0].square().mean().sqrt().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])

@@ -9,7 +9,7 @@ from peft import get_peft_model_state_dict
 from beft_trl import find_bias_sites
 from beft_trl.deltas import check_moved, gather_deltas, native_biases, set_deltas
 from beft_trl.layout import sites_of_term
-from beft_trl.tuner import attach_deltas, delta, deltas_to_fp32, keep_deltas
+from beft_trl.tuner import Deltas, attach_deltas, delta, deltas_to_fp32
 
 
 def attached(model, bias_term="auto"):
@@ -47,7 +47,7 @@ def test_attached_deltas_change_nothing_and_are_all_that_trains(make_model):
 def test_keeping_one_term_leaves_what_attaching_it_alone_gives(bias_term):
     kept, sites = attached(make_llama())
     of_term = [site for site in sites if site.term == bias_term]
-    keep_deltas(kept, of_term)
+    Deltas(kept, sites).keep(of_term)
     alone, _ = attached(make_llama(), bias_term)
     assert [name for name, _ in kept.named_modules()] == [name for name, _ in alone.named_modules()]
     assert set(get_peft_model_state_dict(kept)) == set(get_peft_model_state_dict(alone))

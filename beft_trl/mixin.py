@@ -1,0 +1,430 @@
+"""`BeftTrainerMixin`, for any Trainer: score, select, train, save."""
+
+import inspect
+import math
+import os
+import shutil
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from accelerate.logging import get_logger
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.training_args import ParallelMode
+from trl import RewardTrainer
+
+from . import report
+from .arguments import arguments_by_name, refuse_arguments
+from .aside import forget_preparation
+from .checkpoints import (
+    check_writable,
+    checkpoint_to_resume,
+    last_complete_checkpoint,
+    mark_complete,
+    output_lock,
+    recorded_selection,
+    refuse_foreign_output,
+    refuse_foreign_pickles,
+    refuse_other_run,
+    refuse_other_tensors,
+    steps_of,
+    warn_of_other_runs,
+)
+from .deltas import (
+    adapter_shapes,
+    adapter_state_dict,
+    check_moved,
+    deltas_as_state_dict,
+    gather_deltas,
+    gather_saved_whole,
+)
+from .engines import engine_of, refuse_cell, slow_16_bits
+from .identity import hash_weights, identify_run
+from .importance import BiasScores, rank
+from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term, skeleton_of
+from .rates import give_learning_rates, relative_learning_rates
+from .saving import card_of, checkpoint_or_none, default_adapter_only, sizes, whole_or_nothing, write_description
+from .scoring import ScoringResult, measure_outputs, run_steps, score_biases, score_steps, score_terms
+from .tuner import (
+    Deltas,
+    adapter_config,
+    adopt_deltas,
+    attach_deltas,
+    beft_tuner,
+    copy_to_reference,
+    delta,
+    deltas_to_fp32,
+    keep_4bit_trainable,
+    name_saved_modules,
+)
+from .vocabulary import known_tokens_only
+
+
+logger = get_logger(__name__)
+
+
+class BeftTrainerMixin:
+    """Adds BEFT to a `transformers.Trainer` class: `class BeftDPOTrainer(BeftTrainerMixin, DPOTrainer)`.
+
+    `train()` is two runs of the trainer's own loop. The first, a short one, trains every candidate bias and is thrown
+    away but for its scores; the second is the user's run, of the selected bias only.
+
+    What it changes in the trainer:
+
+    - `__init__` puts a delta at each candidate bias, and refuses what cannot train one;
+    - `train` scores, selects, resumes only its own checkpoints, and checks that the deltas moved;
+    - `create_optimizer`, `get_decay_parameter_names` and `log` know the deltas' learning rates and weight decay;
+    - `compute_loss` stops at a loss that is not finite;
+    - `save_model` and checkpoints hold the deltas, in fp32, and what explains them.
+
+    Args:
+        model: a loaded model, or its name or path for trainers that load models and take a `peft_config`. A model that
+            comes with a BEFT adapter goes on training that.
+        args: a training configuration with the fields of [`BeftConfigMixin`].
+        kwargs: whatever else the trainer takes, except a `peft_config` or ready-made `optimizers`.
+
+    Attributes:
+        bias_scores ([`BiasScores`]): of the run, from `train()` on.
+        selected_bias_term (`str`): `"query"`, `"key"`, `"value"` or `"all"`, from `train()` on.
+        learning_rates (`dict[str, float]`): of the trained deltas by the path of their module, if
+            `relative_learning_rate` sets them.
+
+    Raises:
+        TypeError, ValueError: for arguments that exclude each other or that cannot train, before anything is loaded.
+    """
+
+    args: Any
+    model: Any
+    bias_scores: BiasScores | None = None
+    selected_bias_term: str | None = None
+    _heat_map: bytes | None = None
+    _resumed_at = 0  # optimizer steps of the checkpoint that a run goes on from
+    _losses: Tensor | None = None  # sum over the batches of an optimizer step
+
+    def __init__(self, *positional: Any, **kwargs: Any):
+        given = arguments_by_name(super().__init__, positional, kwargs)
+        refuse_arguments(given)
+        self._check_given(given)
+        model, args = given["model"], given["args"]
+        check_writable(args.output_dir)
+        if isinstance(model, str):
+            init = args.model_init_kwargs or {}
+            quantization = given.get("quantization_config") or init.get("quantization_config")
+            refuse_cell(engine_of(args), args, quantization, init.get("dtype"))
+        known_tokens_only(given)
+        # RewardTrainer loads a model that is named with a new head.
+        auto_class = AutoModelForSequenceClassification if isinstance(self, RewardTrainer) else None
+        skeleton = skeleton_of(model, args, auto_class) if isinstance(model, str) else model
+        sites = find_bias_sites(skeleton)
+        # A scoring pass looks at the dead terms too: the gradient has the last word.
+        candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
+        saved_whole = None
+        if isinstance(model, PeftModel):
+            candidates = adopt_deltas(model, sites)
+        elif "peft_config" in inspect.signature(super().__init__).parameters:
+            # TRL's trainers take the base without an adapter as reference model; of a PeftModel they would copy it.
+            given["peft_config"] = adapter_config(skeleton, candidates)
+            saved_whole = given["peft_config"].modules_to_save
+        else:
+            given["model"] = attach_deltas(model, candidates, getattr(args, "modules_to_save", None) or ())
+        with beft_tuner():
+            super().__init__(**given)
+        if saved_whole:
+            name_saved_modules(self.model, saved_whole)
+        copy_to_reference(self.model)
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1
+        if launched != together:
+            raise RuntimeError(
+                f"{launched} processes were launched, but they do not form one distributed run: each would train by "
+                "itself. On a CPU set use_cpu=True and ddp_backend='gloo'."
+            )
+        if slow_16_bits(self.args.device) and (self.model.dtype.itemsize == 2 or self.args.bf16 or self.args.fp16):
+            logger.warning(
+                f"dtype={self.model.dtype}, bf16={self.args.bf16} and fp16={self.args.fp16} on a processor without "
+                "instructions for 16 bits: a step takes up to a hundred times as long as in fp32. Use dtype=float32 "
+                "and bf16=False."
+            )
+        deltas_to_fp32(self.model)
+        keep_4bit_trainable(self.model)
+        self.bias_sites = sites
+        self.learning_rates: dict[str, float] = {}
+        self._deltas = Deltas(self.model, candidates)
+        self._base_weights = hash_weights(self.model.get_base_model())
+        self.add_callback(_LogScores(self))
+
+    def _check_given(self, given: dict[str, Any]) -> None:
+        """Refuses arguments, by name, before anything is loaded; for trainers that know what their data must be."""
+
+    def score(self, score_steps: int | None = None) -> BiasScores:
+        """Runs the scoring pass only, and leaves the model, the data order and the random state as they were.
+
+        All candidates are scored, from zero deltas: those of `bias_term="auto"` again after `train()` has kept one of
+        them, or the terms of the `bias_term` that was given. What was trained is put back.
+
+        Args:
+            score_steps (`int`, *optional*): optimizer steps. Default: that of the configuration.
+
+        Raises:
+            ValueError: for steps beyond the run, or an anchor that says nothing of the model.
+            RuntimeError: after `train()` under DeepSpeed, whose engine holds the trained biases.
+        """
+        return self._scores_of(self._scoring_pass(score_steps))
+
+    def _scoring_pass(self, asked: int | None = None) -> ScoringResult:
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            raise RuntimeError(
+                "score() after train() would take the trained biases out of DeepSpeed's engine. Call it before, or "
+                "make another trainer for it."
+            )
+        steps = score_steps(asked or self.args.score_steps, run_steps(self))
+        return score_biases(self, self._deltas, self.bias_sites, steps, super().train)
+
+    def _scores_of(self, result: ScoringResult | None, term: str = "") -> BiasScores:
+        """What is recorded of a scoring pass, or of a `term` that was given."""
+        left_out = self.bias_sites.left_out
+        notes = [f"{left_out} layers without query, key and value projections of their own are left out."]
+        quantization = getattr(self.model.config, "quantization_config", None)
+        return BiasScores(
+            selected=rank(result.terms, self.args.score_method)[0] if result else term,
+            method=self.args.score_method if result else None,
+            anchor=result.anchor if result else None,
+            steps=result.steps if result else 0,
+            base_model=self.model.get_base_model().name_or_path,
+            quantization=quantization.to_diff_dict() if quantization is not None else None,
+            terms=result.terms if result else score_terms(self.bias_sites, {}, {}, {}),
+            notes=[*(notes if left_out else ()), *(result.notes if result else ())],
+            versions={name: version(name) for name in ("beft_trl", "peft", "torch", "transformers", "trl")},
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any):
+        """Scores the bias terms if `bias_term="auto"`, keeps the selected one, and trains it.
+
+        A run that resumes continues with the selection recorded in its checkpoint and does not score again. One whose
+        checkpoint is at the last step trains nothing.
+
+        Raises:
+            ValueError: for an output folder or a checkpoint of a different run, or `score_steps` beyond the run.
+            FloatingPointError: if a loss is NaN or infinite, before its optimizer step.
+            RuntimeError: if a delta did not move, or another run is writing to the output folder.
+        """
+        with output_lock(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            return self._train_locked(resume_from_checkpoint, *others, **kwargs)
+
+    def _train_locked(self, resume_from_checkpoint: str | bool | None, *others: Any, **kwargs: Any):
+        self._resumed_at, self._losses = 0, None
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint, engine_of(self.args), self.args.world_size)
+        if checkpoint is not None:
+            term, relative = self.selected_bias_term or self.args.bias_term, self.args.relative_learning_rate
+            self._select(*recorded_selection(checkpoint, term, relative))
+            refuse_other_tensors(checkpoint, adapter_shapes(self.model, self._deltas.sites))
+            self._resumed_at = steps_of(checkpoint)
+        elif self.bias_scores is None:
+            warn_of_other_runs(self.args.output_dir, self._identity())
+            self._choose(self._trained_term() or self.args.bias_term)
+        if self.model_wrapped is self.model:
+            # An evaluation before the run marks the model as prepared, and DDP would be left out.
+            forget_preparation(self.model, self.accelerator)
+        head = gather_saved_whole(self.model)
+        output = super().train(checkpoint, *others, **kwargs)
+        changes = {name: values - head[name] for name, values in gather_saved_whole(self.model).items()}
+        trained_before = self._resumed_at >= output.global_step
+        check_moved(gather_deltas(self.model, self._deltas.sites), {} if trained_before else changes)
+        return output
+
+    def checkpoint_to_resume(self, asked: str | bool | None, engine: str, processes: int) -> str | None:
+        """The checkpoint that a run goes on from, or `None` for one that starts, after all that speaks against it.
+
+        Args:
+            asked (`str` or `bool`, *optional*): `resume_from_checkpoint`.
+            engine (`str`): name of the run's engine, see `engines.ENGINES`.
+            processes (`int`): number of the run's processes.
+
+        Raises:
+            ValueError: for an output folder or a checkpoint of a different run, or another user's ZeRO checkpoint.
+        """
+        checkpoint = checkpoint_to_resume(self.args.output_dir, asked)
+        if checkpoint is not None:
+            refuse_other_run(checkpoint, engine, processes, self._identity(), self.args.allow_changed_resume)
+            if engine.startswith("zero"):
+                refuse_foreign_pickles(checkpoint, self.args.trust_checkpoint)
+        elif self.bias_scores is None:
+            refuse_foreign_output(self.args.output_dir, self.model.get_base_model().name_or_path, self.args.bias_term)
+        return checkpoint
+
+    def _identity(self) -> dict[str, Any]:
+        return identify_run(self.model.get_base_model(), self.args, self.train_dataset, self._base_weights)
+
+    def _trained_term(self) -> str | None:
+        """The term of an adapter that the model came with and that has been trained before."""
+        deltas = gather_deltas(self.model, self._deltas.sites)
+        terms = [term for term in TERMS if any(values.any() for site, values in deltas.items() if site.term == term)]
+        if not terms:
+            return None
+        term = terms[0] if len(terms) == 1 else "all"
+        if self.args.relative_learning_rate is not None:
+            raise ValueError(
+                "relative_learning_rate is measured before a bias is trained, and the model's adapter has been. Give "
+                "learning_rate to go on training it."
+            )
+        if self.args.bias_term not in ("auto", term):
+            raise ValueError(
+                f"The model's adapter trains the {term} bias, and this run asks for bias_term="
+                f"{self.args.bias_term!r}. Give the base model for another term, or leave bias_term out to go on."
+            )
+        return term
+
+    def _choose(self, term: str) -> None:
+        """Selects `term`, or the best one for `"auto"`, and measures the learning rates that are relative."""
+        result = self._scoring_pass() if term == "auto" else None
+        scores = self._scores_of(result, term)
+        share, rates = self.args.relative_learning_rate, {}
+        if share is not None:
+            sites = self._sites_of(scores)
+            if result is None:
+                steps = score_steps(self.args.score_steps, run_steps(self))
+                outputs = measure_outputs(self, self._deltas, steps, super().train)
+            else:
+                outputs = result.mean_outputs
+            rates = relative_learning_rates(share, outputs, sites)
+        self._select(scores, rates)
+
+    def _sites_of(self, scores: BiasScores) -> list[BiasSite]:
+        candidates = self._deltas.candidates
+        return [site for site in candidates if scores.selected in (site.term, "all") and scores.covers(site)]
+
+    def _select(self, scores: BiasScores, learning_rates: dict[str, float]) -> None:
+        self.bias_scores, self.learning_rates = scores, learning_rates
+        self.selected_bias_term = scores.selected
+        self._deltas.keep(self._sites_of(scores))
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            Console().print(report.scores_table(scores, *sizes(self._deltas), learning_rates))
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any):
+        epochs, *values, max_steps = super().set_initial_training_values(*args, **kwargs)
+        # A checkpoint of the last step: the Trainer would go on in the epoch that it stands in for one step more.
+        return 0 if self._resumed_at >= max_steps else epochs, *values, max_steps
+
+    def create_optimizer(self, *args: Any, **kwargs: Any):
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.learning_rates:
+            rates = {delta(self.model, site): self.learning_rates[site.module] for site in self._deltas.sites}
+            give_learning_rates(optimizer, rates)
+            self._first_rate = optimizer.param_groups[0]["lr"]  # which the Trainer logs
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names to which `weight_decay` applies: the deltas too, which Transformers leaves out as biases."""
+        deltas = [name for name, _ in model.named_parameters() if ".beft_bias." in name]
+        return [*super().get_decay_parameter_names(model), *deltas]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "learning_rate" in logs and self.learning_rates:
+            # Each layer has its own, and the schedule scales all alike: the middle one, and the two ends.
+            scale = logs["learning_rate"] / self._first_rate
+            rates = [rate * scale for rate in self.learning_rates.values()]
+            logs = {**logs, "learning_rate": median(rates)}
+            logs |= {"learning_rate_min": min(rates), "learning_rate_max": max(rates)}
+        super().log(logs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, *others: Any, **kwargs: Any):
+        computed = super().compute_loss(model, *others, **kwargs)
+        if self.model.training:
+            loss = computed[0] if isinstance(computed, tuple) else computed
+            # One look for each optimizer step, since it waits for the device: NaN and infinity stay in a sum.
+            self._losses = loss.detach() if self._losses is None else self._losses + loss.detach()
+            if self.accelerator.sync_gradients:
+                total, self._losses = self._losses.item(), None
+                if not math.isfinite(total):
+                    last = last_complete_checkpoint(self.args.output_dir)
+                    raise FloatingPointError(
+                        f"The loss is {total} at step {self.state.global_step + 1}. Stopped before the optimizer "
+                        f"step; {f'the last checkpoint is {last}' if last else 'no checkpoint was written yet'}. "
+                        "Lower learning_rate, or look at the rows of this step."
+                    )
+        return computed
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter with its scores, heat map and model card. Every process calls it."""
+        if self.bias_scores is None:
+            raise RuntimeError("There is no bias to save yet: call train() first, it selects the one to train.")
+        # The Trainer would gather the frozen base from the engine too, and the deltas in the engine's 16 bits.
+        state_dict = adapter_state_dict(self.model, self._deltas.sites)
+        self._save(output_dir or self.args.output_dir, state_dict=state_dict)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not all(values.isfinite().all() for values in (state_dict or {}).values()):
+            raise FloatingPointError(
+                f"The bias deltas are not finite after step {self.state.global_step}, so they are not saved. Lower "
+                "learning_rate and resume from the last checkpoint."
+            )
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with whole_or_nothing(folder) as staged, default_adapter_only(self.model):
+            super()._save(str(staged), state_dict)
+            if self.bias_scores is not None:
+                if self.bias_scores.method is not None and self._heat_map is None:
+                    self._heat_map = report.heat_map(self.bias_scores)  # drawn once: every checkpoint takes it along
+                write_description(staged, self._deltas, self.bias_scores, self.learning_rates, self._heat_map)
+                self._card(model_name=folder.name).save(staged / "README.md")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # what a run that was killed here left of it
+        self.accelerator.wait_for_everyone()
+        # The Trainer would delete old checkpoints before this one is known to be complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with checkpoint_or_none(checkpoint):
+                with deltas_as_state_dict(self.model):
+                    super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    mark_complete(checkpoint, engine_of(self.args), self.args.world_size, self._identity())
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(checkpoint.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the model card to `args.output_dir`, see [`report.model_card`]."""
+        if self.is_world_process_zero() and self.bias_scores is not None:
+            tags = [tags] if isinstance(tags, str) else tags
+            card = self._card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+            card.save(Path(self.args.output_dir) / "README.md")
+
+    def _card(self, tags: list[str] | None = None, **about: Any) -> ModelCard:
+        tags = [*getattr(self, "_tag_names", []), *(tags or [])]
+        assert self.bias_scores is not None
+        return card_of(self._deltas, self.bias_scores, self.learning_rates, tags=tags, **about)
+
+
+class _LogScores(TrainerCallback):
+    """Sends the scores to the run's trackers, once, when they have been set up."""
+
+    def __init__(self, trainer: BeftTrainerMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        scores = self.trainer.bias_scores
+        if scores is not None and scores.method is not None and state.global_step == 0:
+            self.trainer.log(report.logged_values(scores, *sizes(self.trainer._deltas)))
