@@ -41,10 +41,11 @@ import pyarrow
 import torch
 import transformers as hf
 import yaml
-from beft_trl import check, checkpoints, cli, info, merge, run  # noqa: F401  for the forks that run the commands
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from beft_trl import check, checkpoints, cli, info, merge, run  # noqa: F401  for the forks that run the commands
 
 
 with contextlib.suppress(ImportError):
@@ -896,11 +897,12 @@ NEEDED = {Path(name).name for name in (ADAPTER, WEIGHTS, SCORES)}  # what a run 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="cases to run, as in 'merge: *' or '*CSV*'")
+    parser.add_argument("--only", default="*", help="cases to run: a part of their names, or 'merge: *index*'")
     parser.add_argument("--output", type=Path, help="JSON file for what came of each command")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    chosen = [n for n, case in enumerate(CASES) if fnmatch.fnmatch(f"{case.group}: {case.name}", args.only)]
+    names = [f"{case.group}: {case.name}" for case in CASES]
+    chosen = [n for n, name in enumerate(names) if args.only in name or fnmatch.fnmatch(name, args.only)]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         (scratch / "world").mkdir()
