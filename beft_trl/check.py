@@ -194,7 +194,7 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
             check.notes.append(f"Before the run {steps} steps measure what relative_learning_rate is relative to.")
     with check.noting():
         planned.per_device_train_batch_size = args.per_device_train_batch_size  # as a checkpoint has it
-        trainer.checkpoint_to_resume(args.resume_from_checkpoint, check.engine or "single", check.processes)
+        trainer.find_checkpoint(args.resume_from_checkpoint, check.engine or "single", check.processes)
     check.device_memory = _device_memory(args.device, check.processes)
     try:
         check.memory = estimate_memory(

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "beft_checkpoint.json"
 LOCK_FILE = "_beft.lock"  # the Trainer uploads no file whose name begins with an underscore
-STATE_FILE = "trainer_state.json"
+STATE_FILE, ADAPTER_CONFIG = "trainer_state.json", "adapter_config.json"
 
 
 def check_writable(output_dir: str | Path) -> None:
@@ -124,6 +125,8 @@ def damage(checkpoint: str | Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
         if _sha256(path) != expected["sha256"]:
             return f"{name} has changed since it was written"
+        if path.parent == folder and path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            return f"{name} is no file of PyTorch's"
     return None
 
 
@@ -317,10 +320,13 @@ def refuse_other_tensors(checkpoint: str | Path, expected: dict[str, tuple[int, 
     """
     file = Path(checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
     try:
+        kind = json.loads((Path(checkpoint) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
+        if kind != "BEFT":
+            raise ValueError(f"its type is {kind}")
         with safe_open(file, "pt") as adapter:
             names = adapter.keys()
             found = {name: tuple(adapter.get_slice(name).get_shape()) for name in names}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read ({error}): take another checkpoint.") from error
     wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     if wrong:
@@ -333,8 +339,20 @@ def refuse_other_tensors(checkpoint: str | Path, expected: dict[str, tuple[int, 
 
 
 def steps_of(checkpoint: str | Path) -> int:
-    """The number of optimizer steps after which a checkpoint was written."""
-    return TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).global_step
+    """The number of optimizer steps after which a checkpoint was written.
+
+    Raises:
+        ValueError: if its state is damaged.
+    """
+    file = Path(checkpoint) / STATE_FILE
+    try:
+        step = json.loads(file.read_text(encoding="utf-8"))["global_step"]
+        TrainerState.load_from_json(str(file))
+        if not isinstance(step, int):
+            raise TypeError(f"global_step is {step!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): take another checkpoint.") from error
+    return step
 
 
 def _sha256(path: Path) -> str:

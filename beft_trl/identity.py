@@ -2,16 +2,21 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from datasets import Dataset
 from torch import nn
+from transformers.utils import CONFIG_NAME, cached_file
 
 
 SAMPLED_ROWS = 1024
 SAMPLED_ELEMENTS = 64  # of each parameter
+SAMPLED_PARTS, PART_BYTES = 64, 4096  # of each file
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
+OR_NONE: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
 # The beginnings of the names of settings that do not change what is trained: where and how often a run reports,
 # evaluates and saves, what it computes in and with, and what is recorded elsewhere (term, dtype, engine).
 WITHOUT_EFFECT = (
@@ -26,20 +31,20 @@ WITHOUT_EFFECT = (
     "model_init_kwargs", "trust_remote_code", "bias_term", "score_",
 )  # fmt: skip
 # What a checkpoint must share with a run in any case: its deltas mean nothing on another base.
-FIXED = ("base_weights", "quantization")
+FIXED = ("base_files", "base_weights", "quantization")
 
 
-def identify_run(model: Any, args: Any, dataset: Any, base_weights: str | None = None) -> dict[str, Any]:
+def identify_run(model: Any, args: Any, dataset: Any, base: dict[str, str | None]) -> dict[str, Any]:
     """What makes a run this run, in values that JSON keeps.
 
     Args:
         model (`PreTrainedModel`): the base model.
         args (`TrainingArguments`): the settings.
         dataset: the training rows as the trainer takes them.
-        base_weights (`str`, *optional*): see [`hash_weights`].
+        base (`dict`): what [`identify_base`] gave before the model trained.
 
     Returns:
-        `dict`: `base_model`, `revision`, `base_weights`, `dtype`, `quantization`, `rows`, `data` (a hash of up to
+        `dict`: `base_model`, `revision`, what `base` holds, `dtype`, `quantization`, `rows`, `data` (a hash of up to
         1,024 rows, `None` for a stream) and every setting that can change the result.
     """
     quantization = getattr(model.config, "quantization_config", None)
@@ -48,7 +53,7 @@ def identify_run(model: Any, args: Any, dataset: Any, base_weights: str | None =
     identity = {
         "base_model": model.name_or_path,
         "revision": getattr(model.config, "_commit_hash", None),
-        "base_weights": base_weights,
+        **base,
         "dtype": str(model.dtype),
         "quantization": quantization.to_diff_dict() if quantization is not None else None,
         "rows": rows,
@@ -61,12 +66,13 @@ def identify_run(model: Any, args: Any, dataset: Any, base_weights: str | None =
 def differences(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What differs between two runs: name, and the two values. What only one of them knows does not count.
 
-    A base model with the same weights is the same, whatever its name.
+    A base model is the same if its files are, or else its weights in memory, or else its name.
     """
-    shared = [name for name in current if name in recorded]
-    if None not in (recorded.get("base_weights"), current.get("base_weights")):
-        shared = [name for name in shared if name not in ("base_model", "revision")]
-    unknown = ("base_weights", "data", "rows", "revision")
+    tellers = ("base_files", "base_weights", "base_model")
+    teller = next((name for name in tellers if None not in (recorded.get(name), current.get(name))), None)
+    passed_over = {*tellers, "revision"} - {teller, "revision" if teller == "base_model" else teller}
+    shared = [name for name in current if name in recorded and name not in passed_over]
+    unknown = ("data", "rows", "revision")
     return {
         name: (recorded[name], current[name])
         for name in shared
@@ -74,11 +80,38 @@ def differences(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, 
     }
 
 
-def hash_weights(model: nn.Module) -> str | None:
-    """A hash of some elements of each frozen parameter, `None` if they are split by ZeRO-3 or not loaded.
+def identify_base(model: Any, name: str | None = None) -> dict[str, str | None]:
+    """Hashes that tell a base model from another one of its shapes, taken before it trains.
 
-    To be taken before the model trains: an engine may put the weights into another precision.
+    Args:
+        model (`PreTrainedModel`): the base model.
+        name (`str`, *optional*): name or path that it was loaded by, if the trainer loaded it.
+
+    Returns:
+        `dict`: `base_files`, of some bytes of each weight file, for a model that was named; `base_weights`, of some
+        elements of each frozen parameter, `None` if they are split by ZeRO-3 or not loaded.
     """
+    revision = getattr(model.config, "_commit_hash", None)
+    return {"base_files": _hash_files(name, revision) if name else None, "base_weights": _hash_weights(model)}
+
+
+def _hash_files(name: str, revision: str | None) -> str | None:
+    config = cached_file(name, CONFIG_NAME, revision=revision, local_files_only=True, **OR_NONE)
+    if config is None:
+        return None
+    digest = xxhash.xxh3_128()
+    folder = Path(config).parent
+    for file in sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for part in range(SAMPLED_PARTS):
+                stream.seek(part * size // SAMPLED_PARTS)
+                digest.update(stream.read(PART_BYTES))
+    return digest.hexdigest()
+
+
+def _hash_weights(model: nn.Module) -> str | None:
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id") or parameter.is_meta:

@@ -20,6 +20,8 @@ TERMS = ("query", "key", "value")
 # A projection's name around the part that says which term it is: `q_proj`, `query`, `q_lin`, `query_proj`, `wq`.
 _QUERY_NAME = re.compile(r"^(?P<head>(?:\w*_)?w?)(?P<query>query|q)(?P<tail>(?:_\w+)?)$")
 _TERM_LETTERS = {"q": ("q", "k", "v"), "query": ("query", "key", "value")}
+# Arguments of `from_pretrained` that are no fields of the configuration, though it would take them.
+LOADING_ONLY = ("quantization_config", "device_map", "attn_implementation", "dtype")
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
 
 # Attention classes of Transformers whose query, key and value share one matrix, with the order of its rows, each read
@@ -197,8 +199,9 @@ def skeleton_of(name: str, args: Any, auto_class: Any = None) -> nn.Module:
     """
     init = getattr(args, "model_init_kwargs", None) or {}
     trust = init.get("trust_remote_code", getattr(args, "trust_remote_code", False))
-    where = {key: init[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in init}
-    return build_skeleton(AutoConfig.from_pretrained(name, trust_remote_code=trust, **where), trust, auto_class)
+    # What is left of these Transformers takes for fields of the configuration, as it does when it loads the weights.
+    options = {key: value for key, value in init.items() if key not in (*LOADING_ONLY, "trust_remote_code")}
+    return build_skeleton(AutoConfig.from_pretrained(name, trust_remote_code=trust, **options), trust, auto_class)
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False, auto_class: Any = None) -> nn.Module:

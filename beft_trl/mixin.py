@@ -3,12 +3,11 @@
 import inspect
 import math
 import os
-import shutil
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard
@@ -46,11 +45,19 @@ from .deltas import (
     gather_saved_whole,
 )
 from .engines import engine_of, refuse_cell, slow_16_bits
-from .identity import hash_weights, identify_run
+from .identity import identify_base, identify_run
 from .importance import BiasScores, rank
 from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term, skeleton_of
 from .rates import give_learning_rates, relative_learning_rates
-from .saving import card_of, checkpoint_or_none, default_adapter_only, sizes, whole_or_nothing, write_description
+from .saving import (
+    card_of,
+    checkpoint_or_none,
+    default_adapter_only,
+    remove,
+    sizes,
+    whole_or_nothing,
+    write_description,
+)
 from .scoring import ScoringResult, measure_outputs, run_steps, score_biases, score_steps, score_terms
 from .tuner import (
     Deltas,
@@ -68,6 +75,15 @@ from .vocabulary import known_tokens_only
 
 
 logger = get_logger(__name__)
+
+
+class Resumed(NamedTuple):
+    """What a run goes on from: the checkpoint, its selection and learning rates, and its optimizer steps."""
+
+    checkpoint: str
+    scores: BiasScores
+    learning_rates: dict[str, float]
+    steps: int
 
 
 class BeftTrainerMixin:
@@ -157,7 +173,7 @@ class BeftTrainerMixin:
         self.bias_sites = sites
         self.learning_rates: dict[str, float] = {}
         self._deltas = Deltas(self.model, candidates)
-        self._base_weights = hash_weights(self.model.get_base_model())
+        self._base = identify_base(self.model.get_base_model(), model if isinstance(model, str) else None)
         self.add_callback(_LogScores(self))
 
     def _check_given(self, given: dict[str, Any]) -> None:
@@ -220,12 +236,11 @@ class BeftTrainerMixin:
 
     def _train_locked(self, resume_from_checkpoint: str | bool | None, *others: Any, **kwargs: Any):
         self._resumed_at, self._losses = 0, None
-        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint, engine_of(self.args), self.args.world_size)
-        if checkpoint is not None:
-            term, relative = self.selected_bias_term or self.args.bias_term, self.args.relative_learning_rate
-            self._select(*recorded_selection(checkpoint, term, relative))
-            refuse_other_tensors(checkpoint, adapter_shapes(self.model, self._deltas.sites))
-            self._resumed_at = steps_of(checkpoint)
+        resumed = self.find_checkpoint(resume_from_checkpoint, engine_of(self.args), self.args.world_size)
+        checkpoint = None
+        if resumed is not None:
+            checkpoint, scores, rates, self._resumed_at = resumed
+            self._select(scores, rates)
         elif self.bias_scores is None:
             warn_of_other_runs(self.args.output_dir, self._identity())
             self._choose(self._trained_term() or self.args.bias_term)
@@ -239,7 +254,7 @@ class BeftTrainerMixin:
         check_moved(gather_deltas(self.model, self._deltas.sites), {} if trained_before else changes)
         return output
 
-    def checkpoint_to_resume(self, asked: str | bool | None, engine: str, processes: int) -> str | None:
+    def find_checkpoint(self, asked: str | bool | None, engine: str, processes: int) -> Resumed | None:
         """The checkpoint that a run goes on from, or `None` for one that starts, after all that speaks against it.
 
         Args:
@@ -251,16 +266,21 @@ class BeftTrainerMixin:
             ValueError: for an output folder or a checkpoint of a different run, or another user's ZeRO checkpoint.
         """
         checkpoint = checkpoint_to_resume(self.args.output_dir, asked)
-        if checkpoint is not None:
-            refuse_other_run(checkpoint, engine, processes, self._identity(), self.args.allow_changed_resume)
-            if engine.startswith("zero"):
-                refuse_foreign_pickles(checkpoint, self.args.trust_checkpoint)
-        elif self.bias_scores is None:
-            refuse_foreign_output(self.args.output_dir, self.model.get_base_model().name_or_path, self.args.bias_term)
-        return checkpoint
+        if checkpoint is None:
+            if self.bias_scores is None:
+                base = self.model.get_base_model().name_or_path
+                refuse_foreign_output(self.args.output_dir, base, self.args.bias_term)
+            return None
+        refuse_other_run(checkpoint, engine, processes, self._identity(), self.args.allow_changed_resume)
+        if engine.startswith("zero"):
+            refuse_foreign_pickles(checkpoint, self.args.trust_checkpoint)
+        term, relative = self.selected_bias_term or self.args.bias_term, self.args.relative_learning_rate
+        scores, rates = recorded_selection(checkpoint, term, relative)
+        refuse_other_tensors(checkpoint, adapter_shapes(self.model, self._sites_of(scores)))
+        return Resumed(checkpoint, scores, rates, steps_of(checkpoint))
 
     def _identity(self) -> dict[str, Any]:
-        return identify_run(self.model.get_base_model(), self.args, self.train_dataset, self._base_weights)
+        return identify_run(self.model.get_base_model(), self.args, self.train_dataset, self._base)
 
     def _trained_term(self) -> str | None:
         """The term of an adapter that the model came with and that has been trained before."""
@@ -382,7 +402,7 @@ class BeftTrainerMixin:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # what a run that was killed here left of it
+            remove(checkpoint)  # what a run that was killed here left of it
         self.accelerator.wait_for_everyone()
         # The Trainer would delete old checkpoints before this one is known to be complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -20,23 +20,31 @@ from .importance import SCORES_FILE, BiasScores
 from .tuner import ADAPTER_NAME, Deltas, parameters_saved_whole, projection, task_ending
 
 
+def remove(path: Path) -> None:
+    """Removes a folder, a file or a link, if there is one."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def whole_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder whose files go into `folder` when all are written, the adapter last: a run that is killed meanwhile
     leaves no adapter without its scores.
     """
     staged = folder / "_partial"
-    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here
+    remove(staged)  # of a run that was killed here
     staged.mkdir(parents=True)
     try:
         yield staged
         for path in sorted(staged.iterdir(), key=lambda path: path.name == ADAPTER_SAFE_WEIGHTS_NAME):
             target = folder / path.name
             if path.is_dir():
-                shutil.rmtree(target, ignore_errors=True)
+                remove(target)
             path.replace(target)
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        remove(staged)
 
 
 @contextmanager
@@ -49,7 +57,7 @@ def checkpoint_or_none(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove(checkpoint)
         last = last_complete_checkpoint(checkpoint.parent)
         raise OSError(
             f"{checkpoint} could not be written ({error}) and was removed. "
