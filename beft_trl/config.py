@@ -1,10 +1,12 @@
 """The settings of a BEFT run: what is added to a Transformers or TRL training configuration, and its defaults."""
 
+import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, logging
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -17,6 +19,18 @@ CHOICES = {
     "score_method": list(SCORE_OF_METHOD),
     "score_anchor": ["auto", "bias", "activation"],
 }
+
+
+# The least that whole numbers of Transformers' and TRL's can be, which they do not check themselves.
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "pad_to_multiple_of": 1,
+    "max_length": 2,  # one token to see and one to learn; None cuts nothing off
+}
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "label_smoothing_factor")
+MAPPINGS = ("lr_scheduler_kwargs", "model_init_kwargs", "dataset_kwargs", "gradient_checkpointing_kwargs")
 
 
 @dataclass
@@ -126,12 +140,7 @@ class BeftConfigMixin:
                     f"model_init_kwargs has dtype={init['dtype']} and torch_dtype={old}, which is its old name. Give "
                     "dtype only."
                 )
-        limit = getattr(self, "max_length", None)
-        if limit is not None and limit < 2:
-            raise ValueError(
-                f"max_length={limit} leaves no token to learn: give at least 2, or max_length=None (null in YAML) to "
-                "cut nothing off."
-            )
+        _check_ranges(self)
         self._set_up_cpu_under_a_launcher()
         super().__post_init__()
         if self.fp16 and self.deepspeed_plugin is None and (self.use_cpu or not torch.accelerator.is_available()):
@@ -139,6 +148,7 @@ class BeftConfigMixin:
                 "fp16=True has no effect on a CPU: accelerate (1.15) would train in fp32 without a word. Use "
                 "bf16=True, or leave both out."
             )
+        _check_kinds(self)
         self._checkpoint_reentrantly_under_zero3()
 
     def _set_up_cpu_under_a_launcher(self) -> None:
@@ -195,3 +205,35 @@ class BeftTrainingArguments(BeftConfigMixin, TrainingArguments):
         default=None,
         metadata={"help": "Modules to train and save whole, beside the bias and the head of the task."},
     )
+
+
+def _check_ranges(args: Any) -> None:
+    """Raises ValueError for numbers with which no run makes sense, before Transformers computes with them."""
+    for name, least in LEAST.items():
+        value = getattr(args, name, None)
+        known = value is None or (name == "pad_to_multiple_of" and value == "auto")
+        if not known and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}={value!r} cannot be: give a whole number of at least {least}.")
+    for name in NOT_NEGATIVE:
+        value = getattr(args, name, None)
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            raise ValueError(f"{name}={value!r} cannot be: give a number of at least 0.")
+    steps, epochs = args.max_steps, args.num_train_epochs
+    if not isinstance(steps, int) or (steps < 1 and steps != -1):
+        raise ValueError(f"max_steps={steps!r} cannot be: give at least 1, or -1 to go by num_train_epochs.")
+    if steps == -1 and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf):
+        raise ValueError(f"num_train_epochs={epochs!r} trains nothing: give a number above 0, or max_steps.")
+
+
+def _check_kinds(args: Any) -> None:
+    """Raises ValueError for values of a kind that Transformers and TRL would stumble over later."""
+    for name in MAPPINGS:
+        value = getattr(args, name, None)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{name}={value!r} is no mapping: give names and values, such as {{name: value}}.")
+    levels = ("passive", *logging.get_log_levels_dict())
+    for name in ("log_level", "log_level_replica"):
+        if getattr(args, name) not in levels:
+            raise ValueError(f"{name}={getattr(args, name)!r} is not one of {', '.join(levels)}.")
+    if getattr(args, "activation_offloading", False) and not torch.accelerator.is_available():
+        raise ValueError("activation_offloading=True moves activations off a GPU, and there is none: leave it out.")

@@ -1,5 +1,6 @@
 """What a trainer takes, as SFTTrainer and Trainer take it, and what it refuses."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -99,10 +100,31 @@ def test_weight_decay_acts_on_the_biases(make_trainer, settings):
             assert torch.allclose(shrunk.abs(), (rate * 0.5 * first).abs(), rtol=0.05, atol=1e-3 * rate)
 
 
-@pytest.mark.parametrize("limit", [-1, 0, 1])
-def test_a_length_that_leaves_nothing_to_learn_is_refused(make_config, limit):
-    with pytest.raises(ValueError, match=f"max_length={limit}"):
-        make_config(max_length=limit)
+OUT_OF_RANGE = {
+    "max_length": [-1, 0, 1, 2.5, "64", True],
+    "per_device_train_batch_size": [0, -1, 1.5],
+    "per_device_eval_batch_size": [0],
+    "gradient_accumulation_steps": [0, -2],
+    "pad_to_multiple_of": [0],
+    "max_steps": [0, -5, 2.5],
+    "learning_rate": [-1e-3, float("nan"), float("inf"), "1e-3"],
+    "weight_decay": [-0.1],
+    "lr_scheduler_kwargs": ["text"],
+    "gradient_checkpointing_kwargs": ["text", [1]],
+    "log_level": ["loud"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]])
+def test_a_value_with_which_no_run_makes_sense_is_refused_by_name(make_config, name, value):
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))}"):
+        make_config(**{name: value})
+
+
+@pytest.mark.parametrize("epochs", [0, -1, float("inf"), float("nan")])
+def test_epochs_that_train_nothing_are_refused(make_config, epochs):
+    with pytest.raises(ValueError, match="num_train_epochs="):
+        make_config(max_steps=-1, num_train_epochs=epochs)
 
 
 def test_the_old_name_of_dtype_is_taken(make_config, tmp_path):
