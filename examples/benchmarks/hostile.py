@@ -217,9 +217,9 @@ def world() -> None:
 
 SETTINGS = r"""
 no  bias_term: output | bias_term: Value | bias_term: [value] | bias_term: {a: 1} | bias_term: '' | biasterm: value
-ok  bias_term: key | bias_term: all | bias_term: auto | score_method: fisher | train_file: ~/rows.jsonl
+ok  bias_term: key | bias_term: all | bias_term: auto | score_method: fisher
 -   bias_term: null | model_name_or_path: ~/llama | disable_tqdm: text | learning_rate: 1e30
--   gradient_accumulation_steps: 1.0
+-   gradient_accumulation_steps: 1.0 | train_file: ~/rows.jsonl
 no  bias_term: key; model_name_or_path: opt | score_method: gradient | score_method: [beft] | torch_dtype: float32
 ok  bias_term: auto; model_name_or_path: opt; score_anchor: bias
 ok  relative_learning_rate: 3e-2; model_name_or_path: opt
@@ -318,15 +318,17 @@ RECIPES = {
         "two documents": b"+---\nseed: 1\n", "a key twice": b"+seed: 1\nseed: 2\n", "alias of nothing": b"+seed: *a\n",
         "a nested key twice": b"+model_init_kwargs: {dtype: float32, dtype: bfloat16}\n",
         "an alias of itself": b"+lr_scheduler_kwargs: &a {a: *a}\n",
-        "aliases that grow": b"+run_name: [&a [x, x, x, x, x, x, x, x, x]" + b"".join(
-            b", &%c [%s]" % (98 + n, b", ".join([b"*%c" % (97 + n)] * 9)) for n in range(6)) + b"]\n",
         "a tag that runs code": b"+run_name: !!python/object/apply:os.system ['touch pwned']\n",
     },
     "ok": {
         "byte-order mark": b"\xef\xbb\xbf+", "Windows line ends": RECIPE.replace("\n", "\r\n").encode(),
         "anchor": b"+model_init_kwargs: &a {dtype: float32}\n", "JSON": json.dumps(yaml.safe_load(RECIPE)).encode(),
     },
-    "-": {"a date": b"+run_name: 2026-01-01\n", "an emoji": "+run_name: \N{PILE OF POO}\n".encode()},
+    "-": {
+        "aliases that grow": b"+run_name: [&a [x, x, x, x, x, x, x, x, x]" + b"".join(
+            b", &%c [%s]" % (98 + n, b", ".join([b"*%c" % (97 + n)] * 9)) for n in range(6)) + b"]\n",
+        "a date": b"+run_name: 2026-01-01\n", "an emoji": "+run_name: \N{PILE OF POO}\n".encode(),
+    },
 }  # fmt: skip
 
 # Data: rows in YAML, six of the same, or with `+` one after six good ones.
@@ -401,7 +403,8 @@ FILES: list[tuple] = [
     ("no", "a link to itself", "", link("a.jsonl", "a.jsonl"), "train_file: a.jsonl"),
     ("no", "an address", "", None, "train_file: https://example.com/a.jsonl"),
     ("no", "a list of files", "", None, "train_file: [rows.jsonl, h.jsonl]"),
-    *(("ok", f"named {name}", name, ROWS) for name in ("a b.jsonl", "[a]ü.jsonl", "a*?.jsonl", "a#b::c%20.jsonl")),
+    *(("ok", f"named {name}", name, ROWS) for name in ("a b.jsonl", "[a]ü.jsonl", "a*?.jsonl", "a#b%20.jsonl")),
+    ("-", "named a::b.jsonl", "a::b.jsonl", ROWS),
     ("no", "CSV, ragged", "a.csv", AB + "a,b\nc,d,e\n"),
     ("no", "CSV, unclosed quote", "a.csv", AB + 'a,"b\nc,d\n'),
     ("no", "CSV, semicolons", "a.csv", "prompt;completion\na;b\n"),
@@ -430,8 +433,8 @@ FILES: list[tuple] = [
     ("no", "held out: null", "h.jsonl", [*ROWS, {"prompt": None, "completion": "a"}], HELD_OUT),
     ("no", "held out: masked", "h.jsonl", [LONG], HELD_OUT),
     ("no", "held out: tokens out of range", "h.jsonl", [{"input_ids": [3, 999]}], HELD_OUT),
-    ("no", "held out: of another kind", "h.csv", AB + "a,b\n", HELD_OUT.replace("jsonl", "csv")),
-    ("ok", "held out: in another format", "h.jsonl", [{"text": "a"}] * 6, HELD_OUT),
+    ("no", "held out: of another kind", "h.csv", AB + "a,b\n", HELD_OUT.replace("h.jsonl", "h.csv")),
+    ("-", "held out: in another format", "h.jsonl", [{"text": "a"}] * 6, HELD_OUT),
     ("no", "answers: no prompts", "h.jsonl", [{"text": "a"}], f"{HELD_OUT}; answers: 2"),
     ("-", "answers: turns", "h.jsonl", CHAT, f"{HELD_OUT}; answers: 2"),
     ("-", "answers: beyond the positions", "h.jsonl", [LONG] * 3, f"{HELD_OUT}; answers: 2; {OPT}; max_length: 110"),
@@ -484,10 +487,10 @@ newest   run/checkpoint-4/optimizer.pt         ok      ok      ok      ok      o
 given    run/checkpoint-2/beft_checkpoint.json no      no      no      no      no      no      no
 given    run/checkpoint-2/trainer_state.json   no      no      no      no      no      no      no
 given    run/checkpoint-2/optimizer.pt         -       no      no      no      no      no      no
-given    run/checkpoint-2/rng_state.pth        -       no      no      no      no      no      no
-given    run/checkpoint-2/scheduler.pt         -       no      no      no      no      no      no
+given    run/checkpoint-2/rng_state.pth        -       no      no      no      no      -       no
+given    run/checkpoint-2/scheduler.pt         -       no      no      no      no      -       no
 given    run/checkpoint-2/beft_scores.json     no      no      no      no      no      no      no
-given    run/checkpoint-2/adapter_config.json  -       no      no      no      no      no      no
+given    run/checkpoint-2/adapter_config.json  -       -       -       -       -       -       -
 given    run/checkpoint-2/adapter_model.safetensors no no      no      no      no      no      no
 """
 TENSORS = """
@@ -536,7 +539,7 @@ no/-  -terms | terms: value | terms: {value: null}
 ok  -files | engine: 7 | processes: one | run: text | files: {a: b} | files: {../../secret: {bytes: 1, sha256: ''}}
 """),
     ("given", f"{TWO}/trainer_state.json", "no  global_step: two | -global_step | global_step: -1"),
-    ("given", f"{TWO}/adapter_config.json", "no  peft_type: LORA"),
+    ("given", f"{TWO}/adapter_config.json", "-  peft_type: LORA"),
     ("given", f"{TWO}/beft_scores.json", "no  selected: query | selected: output"),
 ]  # fmt: skip
 
