@@ -12,6 +12,10 @@ from .config import BeftConfigMixin
 from .tuner import refuse_other_adapters
 
 
+# What Transformers' evaluation gives without a function for metrics.
+EVALUATED = ("loss", "runtime", "samples_per_second", "steps_per_second")
+
+
 def arguments_by_name(init: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a trainer by the names that its own `__init__` gives them.
 
@@ -76,4 +80,22 @@ def refuse_arguments(given: dict[str, Any]) -> None:
         raise ValueError(
             "optimizers=(...) was built before the biases existed and would train none of them. Use optim, optim_args "
             "and learning_rate, or optimizer_cls_and_kwargs."
+        )
+
+
+def refuse_unknown_metric(args: TrainingArguments, eval_dataset: Any, compute_metrics: Callable | None) -> None:
+    """Refuses a `metric_for_best_model` that no evaluation gives, which Transformers says after the first one.
+
+    Raises:
+        ValueError: with the metrics that there are.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or compute_metrics is not None or str(getattr(args.eval_strategy, "value", "no")) == "no":
+        return
+    prefixes = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    known = [f"{prefix}{name}" for prefix in prefixes for name in EVALUATED]
+    if metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is no metric of this run's evaluation, which gives "
+            f"{', '.join(known)}. Use 'loss', or give compute_metrics."
         )

@@ -18,11 +18,12 @@ from trl import SFTTrainer, get_quantization_config
 from .checkpoints import check_writable
 from .config import BeftSFTConfig
 from .engines import engine_of, precision_of, refuse_cell
-from .labels import LabelAudit, audit_labels, check_columns, untruncated
+from .labels import LabelAudit, audit_labels, untruncated
 from .launch import launch_command, launched_engine
 from .layout import BiasSites, find_bias_sites, sites_of_term, skeleton_of
 from .memory import MemoryEstimate, estimate_memory
 from .recipe import Recipe, parse_recipe
+from .rows import prepare_rows
 from .run import Data, load_data
 from .scoring import run_steps, score_steps
 from .trainer import BeftSFTTrainer
@@ -138,9 +139,7 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         check.candidates = sum(len(site.rows) for site in sites_of_term(check.sites, args.bias_term))
         model = skeleton
     with check.noting():
-        loaded = load_data(recipe)
-        check_columns(loaded.train, args)
-        data = loaded
+        data = load_data(recipe)
     if model is not None and data is not None:
         with check.noting():
             _check_with_trainer(check, recipe, model, data, quantization)
@@ -182,6 +181,7 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
         wrapped.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)  # as `train()` does
     prepared: Any = trainer.train_dataset
     if "labels" in (prepared.column_names or ()):
+        given = prepare_rows(given, args.dataset_text_field)
         whole = SFTTrainer._prepare_dataset(
             trainer, given, data.tokenizer, untruncated(planned), False, None, "audited"
         )

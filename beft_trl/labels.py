@@ -1,72 +1,121 @@
-"""Which tokens of a dataset a run learns from: refuses data that teach nothing, and shows what is supervised."""
+"""Which tokens a run learns from: refuses those that teach nothing or do not exist, and shows the others."""
 
 import copy
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+from accelerate import PartialState
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from trl.data_utils import is_conversational
 
 
 logger = get_logger(__name__)
 
 IGNORED = -100  # the label of a token that the loss passes over
 REMEDY = "Check prompt and completion, completion_only_loss and assistant_only_loss, or raise max_length."
+MASKED = f"all their labels are masked. {REMEDY}"
 SHOWN_ROWS = 2
+# Names of position tables, or their classes, in Transformers.
+POSITION_TABLE = re.compile(r"wpe\b|position\w*embedding|embed_positions", re.IGNORECASE)
 
 
-def check_columns(dataset: Any, args: Any, formatting_func: Callable | None = None) -> None:
-    """Raises ValueError for a dataset without rows, or with columns that TRL would not understand."""
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        return  # TRL says which types it takes
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError(
-            "train_dataset is empty: there is nothing to score or train on. Check the file and the split."
-        )
-    dataset_kwargs: Any = args.dataset_kwargs or {}
-    skips = dataset_kwargs.get("skip_prepare_dataset", False)
-    if formatting_func is not None or skips or "image" in row or "images" in row:
+def check_tokens(dataset: Any, name: str, vocabulary: int, positions: int | None) -> None:
+    """Refuses rows with tokens or labels that the model does not have, and rows beyond its positions.
+
+    Args:
+        dataset: what a trainer trains on. Anything but a `Dataset` with `input_ids` is passed over.
+        name (`str`): of the rows, for messages.
+        vocabulary (`int`): rows of the model's embedding.
+        positions (`int`, *optional*): rows of its position table, `None` for positions without one.
+
+    Raises:
+        ValueError: with the row and the number, or if the labels of all rows are masked.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
-    explained = (
-        "input_ids" in row
-        or args.dataset_text_field in row
-        or {"prompt", "completion"} <= set(row)
-        or "conversations" in row
-        or ("messages" in row and is_conversational(row))
-    )
-    if not explained:
-        raise ValueError(
-            f"The columns of train_dataset explain no format: found {', '.join(row)}. Needed: "
-            f"'{args.dataset_text_field}' (plain text), 'messages' (conversations), 'prompt' and 'completion', "
-            "'input_ids' (tokenized), or a formatting_func."
-        )
+    columns = [column for column in ("input_ids", "labels") if _holds_tokens(dataset, column)]
+    if "input_ids" not in columns:
+        return
+    learnt, offset = "labels" not in columns, 0
+    for batch in dataset.select_columns(columns).with_format("arrow").iter(10_000):
+        for column in columns:
+            lists = batch[column]
+            lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
+            numbers = pc.list_flatten(lists)
+            least = IGNORED if column == "labels" else 0
+            wrong = pc.or_(pc.greater_equal(numbers, vocabulary), pc.less(numbers, 0))
+            if column == "labels":
+                wrong = pc.and_(wrong, pc.not_equal(numbers, least))
+                learnt = learnt or bool(pc.any(pc.not_equal(numbers, IGNORED)).as_py())
+            found = pc.index(wrong, True).as_py()
+            if found >= 0:
+                row = offset + pc.list_parent_indices(lists)[found].as_py()
+                raise ValueError(
+                    f"Row {row + 1} of the {name} dataset has {numbers[found].as_py()} in {column}, and the model's "
+                    f"embedding has the tokens 0 to {vocabulary - 1}. Use the tokenizer of this model."
+                )
+        longest = pc.max(pc.list_value_length(batch["input_ids"])).as_py() or 0
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"A row of the {name} dataset has {longest} tokens, and the model has {positions} positions. Set "
+                f"max_length to at most {positions}."
+            )
+        offset += len(batch)
+    if not learnt:
+        raise ValueError(f"None of the {len(dataset)} rows of the {name} dataset has a token to learn from: {MASKED}")
 
 
-def drop_masked(prepared: Dataset, given: Dataset, name: str, max_length: int | None, packing: bool) -> Dataset:
+def position_limit(model: Any) -> int | None:
+    """The longest sequence of a model with a table of positions (OPT, GPT-2, BERT); `None` for one without."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and POSITION_TABLE.search(f"{name}.{type(module).__name__}"):
+            # RoBERTa counts from behind its padding token.
+            first = module.padding_idx + 1 if module.padding_idx is not None else 0
+            return limit - first if limit is not None else None
+    return None
+
+
+def _holds_tokens(dataset: Dataset, column: str) -> bool:
+    feature = dataset.features.get(column)
+    return "int" in str(getattr(getattr(feature, "feature", None), "dtype", ""))
+
+
+def drop_masked(
+    prepared: Dataset,
+    given: Dataset,
+    name: str,
+    max_length: int | None,
+    packing: bool,
+    num_proc: int | None = None,
+) -> Dataset:
     """The rows that have a token to learn from.
 
     Args:
-        prepared: what TRL made of the rows: tokenized, truncated or packed, with labels.
-        given: the rows before.
-        name: of the dataset, for messages.
-        max_length: what TRL truncated to.
-        packing: whether `prepared` is packed, so that its rows are not those of `given`.
+        prepared (`Dataset`): what TRL made of the rows: tokenized, truncated or packed, with labels.
+        given (`Dataset`): the rows before.
+        name (`str`): of the dataset, for messages.
+        max_length (`int`, *optional*): what TRL truncated to.
+        packing (`bool`): whether `prepared` is packed, so that its rows are not those of `given`.
+        num_proc (`int`, *optional*): processes of the filter, `dataset_num_proc`.
 
     Raises:
         ValueError: where there are none.
     """
     rows = prepared if packing else given
     # TRL itself drops such rows only where it truncates.
-    prepared = prepared.filter(lambda row: any(label != IGNORED for label in row["labels"]))
+    with PartialState().main_process_first():
+        prepared = prepared.filter(_learnt, num_proc=num_proc)
     dropped = len(rows) - len(prepared)
     if not len(prepared):
         raise ValueError(
             f"None of the {len(rows)} rows of the {name} dataset has a token to learn from within "
-            f"max_length={max_length}: all their labels are masked. {REMEDY}"
+            f"max_length={max_length}: {MASKED}"
         )
     if dropped:
         logger.warning(
@@ -74,6 +123,10 @@ def drop_masked(prepared: Dataset, given: Dataset, name: str, max_length: int | 
             f"within max_length={max_length}. {REMEDY}"
         )
     return prepared
+
+
+def _learnt(row: dict[str, Any]) -> bool:
+    return any(label != IGNORED for label in row["labels"])
 
 
 @dataclass

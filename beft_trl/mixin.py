@@ -47,6 +47,7 @@ from .deltas import (
 from .engines import engine_of, refuse_cell, slow_16_bits
 from .identity import identify_base, identify_run
 from .importance import BiasScores, rank
+from .labels import check_tokens, position_limit
 from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term, skeleton_of
 from .rates import give_learning_rates, relative_learning_rates
 from .saving import (
@@ -155,6 +156,7 @@ class BeftTrainerMixin:
         if saved_whole:
             name_saved_modules(self.model, saved_whole)
         copy_to_reference(self.model)
+        self._check_tokens()
         launched = int(os.environ.get("WORLD_SIZE", 1))
         together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1
         if launched != together:
@@ -178,6 +180,14 @@ class BeftTrainerMixin:
 
     def _check_given(self, given: dict[str, Any]) -> None:
         """Refuses arguments, by name, before anything is loaded; for trainers that know what their data must be."""
+
+    def _check_tokens(self) -> None:
+        embedding = self.model.get_input_embeddings().weight
+        vocabulary = getattr(embedding, "ds_shape", embedding.shape)[0]  # under ZeRO-3 it is split
+        positions = position_limit(self.model.get_base_model())
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, rows in {"train": self.train_dataset, **held_out}.items():
+            check_tokens(rows, name, vocabulary, positions)
 
     def score(self, score_steps: int | None = None) -> BiasScores:
         """Runs the scoring pass only, and leaves the model, the data order and the random state as they were.

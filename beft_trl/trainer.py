@@ -9,9 +9,11 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
 from . import report
+from .arguments import refuse_unknown_metric
 from .config import BeftSFTConfig, BeftTrainingArguments
-from .labels import check_columns, drop_masked
+from .labels import drop_masked
 from .mixin import BeftTrainerMixin
+from .rows import check_cells, check_columns, check_template, prepare_rows
 
 
 class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
@@ -48,13 +50,30 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
         super().__init__(model, args, *positional, **kwargs)
 
     def _check_given(self, given: dict[str, Any]) -> None:
-        check_columns(given.get("train_dataset"), given["args"], given.get("formatting_func"))
+        args, formatting = given["args"], given.get("formatting_func")
+        check_columns(given.get("train_dataset"), args, formatting)
+        refuse_unknown_metric(args, given.get("eval_dataset"), given.get("compute_metrics"))
+        if formatting is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return
+
+        def prepared(rows: Any, name: str) -> Any:
+            check_cells(rows, name, args.dataset_text_field)
+            return prepare_rows(rows, args.dataset_text_field)
+
+        for name in ("train_dataset", "eval_dataset"):
+            rows = given.get(name)
+            if isinstance(rows, dict):
+                given[name] = {key: prepared(part, f"{name} {key!r}") for key, part in rows.items()}
+            elif rows is not None:
+                given[name] = prepared(rows, name)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if formatting_func is None:
+            check_template(dataset, f"the {dataset_name} dataset", processing_class, self.chat_template)
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if isinstance(prepared, IterableDataset):
             return prepared
-        return drop_masked(prepared, dataset, dataset_name, args.max_length, packing)
+        return drop_masked(prepared, dataset, dataset_name, args.max_length, packing, args.dataset_num_proc)
 
 
 class BeftTrainer(BeftTrainerMixin, Trainer):
