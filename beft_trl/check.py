@@ -22,7 +22,7 @@ from .labels import LabelAudit, audit_labels, untruncated
 from .launch import launch_command, launched_engine
 from .layout import BiasSites, find_bias_sites, sites_of_term, skeleton_of
 from .memory import MemoryEstimate, estimate_memory
-from .recipe import Recipe, parse_recipe
+from .recipe import Recipe, parse_recipe, refuse_missing_model
 from .rows import prepare_rows
 from .run import Data, load_data
 from .scoring import run_steps, score_steps
@@ -132,6 +132,11 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         refuse_cell(check.engine, args, quantization, (args.model_init_kwargs or {}).get("dtype"))
     with check.noting():
         check_writable(recipe.output_dir)
+    problems = len(check.problems)
+    with check.noting():
+        refuse_missing_model(recipe.base_model)
+    if len(check.problems) > problems:
+        return check
     with check.noting():
         skeleton = _skeleton(recipe, under_deepspeed=(check.engine or "").startswith("zero"))
         check.parameters = sum(parameter.numel() for parameter in skeleton.parameters())

@@ -1,8 +1,12 @@
 """From a YAML recipe and the command line to arguments and datasets."""
 
 import difflib
+import os
+import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,10 +15,15 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
 from .config import BeftSFTConfig
+from .data_files import read_file
+from .demo import DEMO_MODEL
 
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 ALPACA_COLUMNS = {"instruction", "output"}
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+PEFT_FIELDS = ("lora_", "use_rslora", "use_dora")
+DTYPES = (None, "auto", "float32", "bfloat16", "float16")
+LOCAL = ("train", "test")  # the splits of local files, whatever those of a dataset are called
 SETTINGS = (
     "Nothing was run. Settings are the fields of BeftScriptArguments, BeftSFTConfig, trl.ModelConfig and "
     "trl.DatasetMixtureConfig."
@@ -47,16 +56,59 @@ class RecipeParser(TrlParser):
     """TRL's parser, which holds the values of a recipe against the types of their fields and raises its errors."""
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
+        if "torch_dtype" in values:  # the old name, which most public recipes have
+            old = values.pop("torch_dtype")
+            if values.setdefault("dtype", old) != old:
+                self.error(f"dtype is {values['dtype']} and torch_dtype, its old name, is {old}: give dtype only")
         for action in self._actions:
             value = values.get(action.dest)
             if isinstance(value, (list, dict)) and action.nargs is None and action.type in (int, float):
                 self.error(f"{action.dest}: {value!r} is not of type {action.type.__name__}")
+            if isinstance(value, bool) and action.choices and value not in action.choices:
+                word = "yes" if value else "no"
+                self.error(f'{action.dest}: YAML reads {word} without quotes as {value}; write "{word}" in quotes')
+        values = {key: _numbers_in(value) for key, value in values.items()}
         # argparse converts and checks no default but text.
         text = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in values.items()}
         return super().set_defaults_with_config(**text)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"The settings cannot be read: {message}. {SETTINGS}")
+
+
+def _numbers_in(value: Any) -> Any:
+    """YAML 1.1, which PyYAML reads, takes 1e-1 for text: within lists and mappings no field converts it."""
+    if isinstance(value, dict):
+        return {key: _number(_numbers_in(each)) for key, each in value.items()}
+    return [_number(_numbers_in(each)) for each in value] if isinstance(value, list) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = getattr(key, "value", None), key.start_mark.line + 1
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(name, str):
+                if name in lines:
+                    raise ValueError(
+                        f"{name} stands twice in the recipe, in lines {lines[name]} and {line}. Leave one out. "
+                        "Nothing was run."
+                    )
+                lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _refuse_repeated_keys(argv: Sequence[str] | None) -> None:
+    arguments = list(argv if argv is not None else sys.argv[1:])
+    if "--config" in arguments[:-1]:
+        with open(arguments[arguments.index("--config") + 1], encoding="utf-8") as file:
+            yaml.load(file, _StrictLoader)  # noqa: S506, a safe loader
 
 
 class Recipe(NamedTuple):
@@ -88,13 +140,14 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     dataclasses: Any = (BeftScriptArguments, BeftSFTConfig, ModelConfig, DatasetMixtureConfig)
     parser = RecipeParser(dataclasses)
     try:
+        _refuse_repeated_keys(argv)
         *arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"The recipe is not YAML: {error}. Nothing was run.") from error
     if unknown:
-        fields = [action.dest for action in parser._actions]
+        known = [action.dest for action in parser._actions]
         keys = [text.lstrip("-").split("=")[0] for text in unknown if text.startswith("--")] or unknown
-        suggestions = {key: difflib.get_close_matches(key, fields, n=1) for key in keys}
+        suggestions = {key: difflib.get_close_matches(key, known, n=1, cutoff=0.8) for key in keys}
         raise ValueError(
             "Unknown settings: "
             + ", ".join(key + (f" (did you mean {near[0]}?)" if near else "") for key, near in suggestions.items())
@@ -108,6 +161,19 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
             "use_peft=True asks for a LoRA adapter beside the BEFT one: the two exclude each other. Leave it out "
             "and set bias_term, or use TRL's own sft.py for LoRA."
         )
+    given_up = [field.name for field in fields(model_args) if field.name.startswith(PEFT_FIELDS)]
+    given_up = [name for name in given_up if getattr(model_args, name) != getattr(ModelConfig(), name)]
+    if given_up:
+        raise ValueError(f"{', '.join(given_up)} has no effect: BEFT trains a bias, no LoRA matrices. Leave it out.")
+    if model_args.dtype not in DTYPES:
+        raise ValueError(f"dtype={model_args.dtype!r} is not one of {', '.join(filter(None, DTYPES))}.")
+    if script_args.answers < 0:
+        raise ValueError(f"answers={script_args.answers} cannot be: give 0 or a number of held-out rows.")
+    for holder, names in ((script_args, ("train_file", "test_file")), (training_args, ("output_dir",))):
+        for name in names:
+            if getattr(holder, name) is not None:
+                setattr(holder, name, os.path.expanduser(getattr(holder, name)))
+    model_args.model_name_or_path = os.path.expanduser(model_args.model_name_or_path)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -128,20 +194,13 @@ def load_rows(
         chat: whether the tokenizer has a chat template; decides what Alpaca rows become.
 
     Returns:
-        The splits under their names, those of `train_file` and `test_file` under `dataset_train_split` and
-        `dataset_test_split`. Alpaca columns (`instruction`, `input`, `output`) become prompt and completion.
+        The splits under their names, those of `train_file` and `test_file` as "train" and "test".
+        Alpaca columns (`instruction`, `input`, `output`) become prompt and completion.
 
     Raises:
         FileNotFoundError, ValueError: for a missing file, an unknown kind of file, or a missing split.
     """
-    files = {
-        split: file
-        for split, file in (
-            (script_args.dataset_train_split, script_args.train_file),
-            (script_args.dataset_test_split, script_args.test_file),
-        )
-        if file is not None
-    }
+    files = dict(zip(LOCAL, (script_args.train_file, script_args.test_file), strict=True))
     named = [name for name in ("train_file", "dataset_name") if getattr(script_args, name)]
     named += ["datasets"] if dataset_args.datasets else []
     if len(named) != 1:
@@ -149,21 +208,41 @@ def load_rows(
             f"Give the training rows in exactly one way, train_file, dataset_name or datasets; got "
             f"{' and '.join(named) or 'none of them'}."
         )
-    if files:
-        rows = load_dataset(_file_format(files.values()), data_files=files)
+    train, test = split_names(script_args)
+    if train == test:
+        raise ValueError(
+            f"dataset_train_split and dataset_test_split are both {train!r}: the run would be measured on what it "
+            "learns. Name another dataset_test_split."
+        )
+    if script_args.train_file:
+        rows = DatasetDict({split: read_file(file) for split, file in files.items() if file is not None})
     elif dataset_args.datasets:
         rows = get_dataset(dataset_args)
     else:
         rows = load_dataset(
             script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
         )
-    if script_args.dataset_train_split not in rows:
-        raise ValueError(f"There is no split {script_args.dataset_train_split!r}, only {', '.join(rows)}.")
+    if train not in rows:
+        raise ValueError(f"There is no split {train!r}, only {', '.join(rows)}.")
     for split, dataset in rows.items():
         columns = set(dataset.column_names or next(iter(dataset), {}))
         if columns >= ALPACA_COLUMNS:
+            _check_alpaca(dataset, files.get(split) or split)
             rows[split] = dataset.map(alpaca_to_prompt, fn_kwargs={"chat": chat}, remove_columns=list(columns))
     return rows
+
+
+def _check_alpaca(dataset: Any, name: str) -> None:
+    for number, row in enumerate(dataset if isinstance(dataset, Dataset) else islice(dataset, 1), 1):
+        for column in ("instruction", "output"):
+            if not isinstance(row[column], str) or not row[column].strip():
+                found = "empty" if row[column] in (None, "") else f"{row[column]!r:.60}"
+                raise ValueError(
+                    f"Row {number} of {name}: {column!r} is {found}, and must be text. Complete the row, or "
+                    "take it out."
+                )
+        if not isinstance(row.get("input") or "", str):
+            raise ValueError(f"Row {number} of {name}: 'input' is {row['input']!r:.60}, and must be text or empty.")
 
 
 def alpaca_to_prompt(row: dict[str, Any], chat: bool) -> dict[str, Any]:
@@ -177,29 +256,48 @@ def alpaca_to_prompt(row: dict[str, Any], chat: bool) -> dict[str, Any]:
     return {"prompt": f"{question}\n\nAnswer:", "completion": f" {row['output']}"}
 
 
+def split_names(script_args: BeftScriptArguments) -> tuple[str, str]:
+    """The names of the training and of the held-out rows in what [`load_rows`] gives."""
+    if script_args.train_file:
+        return LOCAL
+    return script_args.dataset_train_split, script_args.dataset_test_split
+
+
 def held_out_rows(
     rows: DatasetDict | IterableDatasetDict, script_args: BeftScriptArguments, training_args: BeftSFTConfig
 ) -> Dataset | None:
-    """The held-out split where there is one; an error where the run wants to evaluate and there is none."""
-    held_out = rows.get(script_args.dataset_test_split)
+    """The held-out split, if there is one.
+
+    Raises:
+        ValueError: if the run wants to evaluate or to answer held-out rows, and there are none that it could.
+    """
+    held_out = rows.get(split_names(script_args)[1])
     if held_out is None and training_args.eval_strategy != "no":
         raise ValueError(
             f"eval_strategy={training_args.eval_strategy!r} needs held-out rows: give test_file, or a "
             f"dataset_test_split among {', '.join(rows)}, or set eval_strategy='no'."
         )
+    if script_args.answers:
+        columns = set(held_out.column_names or ()) if held_out is not None else set()
+        if not {"prompt", "completion"} <= columns:
+            found = ", ".join(sorted(columns)) or "no held-out rows"
+            raise ValueError(
+                f"answers={script_args.answers} compares answers with the completions of held-out rows, which need "
+                f"prompt and completion (or Alpaca's columns): found {found}. Give such a test_file, or leave "
+                "answers out."
+            )
     return held_out
 
 
-def _file_format(files: Any) -> str:
-    formats = set()
-    for file in files:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"There is no file {file}. Paths in a recipe are relative to the current folder.")
-        if not Path(file).stat().st_size:
-            raise ValueError(f"{file} is empty: it has no rows to train on or to evaluate.")
-        if Path(file).suffix not in FILE_FORMATS:
-            raise ValueError(f"{file} is of no known kind: use a file ending in {', '.join(FILE_FORMATS)}.")
-        formats.add(FILE_FORMATS[Path(file).suffix])
-    if len(formats) > 1:
-        raise ValueError(f"train_file and test_file must be of one kind, got {' and '.join(sorted(formats))}.")
-    return formats.pop()
+def refuse_missing_model(name: str) -> None:
+    """Refuses a base model that is named by a path where there is nothing, before the hub is asked for it.
+
+    Raises:
+        FileNotFoundError: with how to make the demo's model, if it is that one.
+    """
+    if os.path.isdir(name):
+        return
+    if os.path.normpath(name) == str(DEMO_MODEL):
+        raise FileNotFoundError(f"The demo's model is not in {name} yet. Make it: python -m beft_trl.demo")
+    if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or os.path.exists(name):
+        raise FileNotFoundError(f"model_name_or_path={name!r} is no folder. Give a folder, or a model of the hub.")

@@ -17,7 +17,7 @@ from trl import get_quantization_config
 from . import report
 from .importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
 from .layout import TERMS
-from .recipe import Recipe, held_out_rows, load_rows
+from .recipe import Recipe, held_out_rows, load_rows, refuse_missing_model, split_names
 from .trainer import BeftSFTTrainer
 
 
@@ -35,15 +35,14 @@ def load_data(recipe: Recipe) -> Data:
     Raises:
         OSError, ValueError: for what is missing or cannot be read.
     """
+    refuse_missing_model(recipe.base_model)
     tokenizer = AutoTokenizer.from_pretrained(
         recipe.base_model,
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
     )
     rows = load_rows(recipe.script, recipe.dataset, chat=tokenizer.chat_template is not None)
-    return Data(
-        tokenizer, rows[recipe.script.dataset_train_split], held_out_rows(rows, recipe.script, recipe.training)
-    )
+    return Data(tokenizer, rows[split_names(recipe.script)[0]], held_out_rows(rows, recipe.script, recipe.training))
 
 
 def build_trainer(recipe: Recipe, data: Data) -> BeftSFTTrainer:
@@ -71,8 +70,8 @@ def train(recipe: Recipe) -> BeftSFTTrainer:
     started = time.monotonic()
     output = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     scored = time.monotonic() - started - output.metrics["train_runtime"]
+    trainer.save_model()  # first: nothing that the evaluation meets can lose the run
     after = measure(trainer, questions)
-    trainer.save_model()
 
     assert trainer.bias_scores is not None
     say(f"Ranking: {' > '.join(trainer.bias_scores.ranking) or 'not scored'}; trained: {trainer.selected_bias_term}")

@@ -22,7 +22,8 @@ from beft_trl.run import leave, train
 
 
 if __name__ == "__main__":
-    recipe = parse_recipe(sys.argv[1:] or ["--config", str(DEMO_RECIPE)])
+    named = [] if any(each.split("=")[0] == "--config" for each in sys.argv) else ["--config", str(DEMO_RECIPE)]
+    recipe = parse_recipe([*named, *sys.argv[1:]])
     with PartialState().main_process_first():
         if recipe.base_model == str(DEMO_MODEL):
             make_demo()

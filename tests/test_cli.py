@@ -166,7 +166,7 @@ def test_check_names_every_problem_at_once(beft, project, tmp_path):
     assert "bnb_4bit_quant_storage" in run.stdout
     assert "cannot be written" in run.stdout
     assert "bias_term='key' has no effect on this model" in run.stdout
-    assert "There is no file" in run.stdout
+    assert "absent.jsonl does not exist" in run.stdout
     assert "The run cannot start." in run.stdout and "Traceback" not in run.stderr
 
 
