@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"beft_trl.axolotl needs Axolotl 0.19 or later, which knows adapters of plugins ({error}). Install it with "
-        "pip install -c constraints-axolotl.txt axolotl."
+        "pip install axolotl, in an environment of its own."
     ) from error
 
 from .deltas import gather_deltas

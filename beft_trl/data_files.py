@@ -26,9 +26,10 @@ def read_file(file: str | Path) -> Dataset:
             line and the reason.
     """
     path = Path(file).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{file} is a folder: name a file in it.")
     if not path.is_file():
-        what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{file} {what}. Paths in a recipe are relative to the current folder.")
+        raise FileNotFoundError(f"{file} does not exist. Paths in a recipe are relative to the current folder.")
     if not path.stat().st_size:
         raise ValueError(f"{file} is empty: it has no rows to train on or to evaluate.")
     kind = FILE_FORMATS.get(path.suffix.lower())
@@ -86,6 +87,8 @@ def _json_faults(stream: Any) -> Iterator[tuple[int, str]]:
         except (json.JSONDecodeError, RecursionError) as error:
             yield getattr(error, "lineno", 1), f"{getattr(error, 'msg', 'nested too deep')}."
             return
+        if not rows:
+            yield 1, "it has no rows."
         yield from _row_faults((f"row {number}", 1, row) for number, row in enumerate(rows, 1))
         return
     lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())

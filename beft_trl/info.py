@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import report
-from .importance import SCORES_FILE, BiasScores
+from .importance import SCORES_FILE, BiasScores, recorded_learning_rates
 from .weight_files import read_adapter
 
 
@@ -37,19 +37,20 @@ def adapter_report(folder: Path) -> Iterator[Any]:
     yield table
     term = f"the {scores.selected} bias" if scores else f"an attention bias (no {SCORES_FILE} says which)"
     trained = sum(int(delta.count_nonzero()) for delta in deltas.values())
-    yield f"Base: {content.base_model or 'not named'}. Trains {term} in {len(deltas)} modules: {trained:,} numbers."
+    base = escape(str(content.base_model or "not named"))
+    yield f"Base: {base}. Trains {term} in {len(deltas)} modules: {trained:,} numbers."
     if content.saved_whole:
         size = sum(values.numel() for values in content.saved_whole.values())
-        yield f"Trained whole beside it, {size:,} numbers: {', '.join(sorted(content.saved_whole))}."
+        yield f"Trained whole beside it, {size:,} numbers: {escape(', '.join(sorted(content.saved_whole)))}."
     still = [path for path, delta in deltas.items() if not delta.any()]
     if still:
-        yield f"[bold yellow]{len(still)} deltas are zero, as if never trained:[/] {', '.join(still[:3])}"
+        yield f"[bold yellow]{len(still)} deltas are zero, as if never trained:[/] {escape(', '.join(still[:3]))}"
     if scores and scores.method is not None:
-        yield report.scores_table(scores, trained, None)
+        yield report.scores_table(scores, trained, None, recorded_learning_rates(folder / SCORES_FILE))
     versions = dict(scores.versions) if scores else {}
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     versions.setdefault("peft", str(config.get("peft_version", "not recorded")))
-    yield "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
+    yield escape("Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".")
 
 
 def _by_layer(path: str) -> tuple[int, str]:

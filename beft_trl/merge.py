@@ -2,13 +2,17 @@
 
 import contextlib
 import copy
+import glob
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -19,7 +23,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
 from .importance import SCORES_FILE, BiasScores
 from .layout import build_skeleton, features, find_bias_sites
 from .placement import place
-from .weight_files import AdapterContent, CheckpointFiles, MergeError, read_adapter, xxh3
+from .weight_files import AdapterContent, CheckpointFiles, MergeError, read_adapter, refuse_outside, xxh3
 
 
 # The largest difference of a logit, relative to the largest logit, that rounding in the checkpoint's dtype explains.
@@ -124,6 +128,7 @@ def merge_adapter(
     skeleton = build_skeleton(config)
     sites = find_bias_sites(skeleton)
     _check_fit(content.deltas, skeleton, adapter)
+    _check_tokenizer(adapter, skeleton)
     checkpoint = CheckpointFiles(base_folder, skeleton)
     plan = place(content.deltas, config, skeleton, sites, checkpoint, output_projection)
 
@@ -133,7 +138,8 @@ def merge_adapter(
         report.changed, report.added, report.base_hashes = written
         _copy_files(base_folder, partial, adapter)
         if verify:
-            _verify(adapter, base_folder, partial, plan.config, report)
+            dtypes = {checkpoint.dtype(path) for path in (*plan.add, *plan.create)}
+            _verify(adapter, base_folder, partial, plan.config, report, dtypes)
         _write_card(partial, adapter, base_folder, report)
         plan.config.save_pretrained(partial)
     return report
@@ -142,7 +148,8 @@ def merge_adapter(
 @contextlib.contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
     """A folder that becomes `output` at the end. Hidden, beside it: whatever stops the merge leaves no checkpoint."""
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    _remove_leftovers(output)
+    partial = output.parent / f"{_partial_prefix(output)}{os.getpid()}"
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -158,6 +165,19 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _partial_prefix(output: Path) -> str:
+    return f".{output.name}.partial-{socket.gethostname()}-"
+
+
+def _remove_leftovers(output: Path) -> None:
+    """What merges into this output left that were killed on this machine."""
+    prefix = _partial_prefix(output)
+    for path in output.parent.glob(f"{glob.escape(prefix)}*") if output.parent.is_dir() else ():
+        process = path.name.removeprefix(prefix)
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _base_folder(base: str | Path | None) -> Path:
@@ -194,11 +214,32 @@ def _check_fit(deltas: dict[str, Tensor], skeleton: nn.Module, adapter: Path) ->
 def _copy_files(base: Path, partial: Path, adapter: Path) -> None:
     """Everything of the base but weights and card, and the adapter's own tokenizer and template over it."""
     skip = shutil.ignore_patterns(*WEIGHT_FILES, CONFIG_NAME, "README.md", ".*")
+    for path in base.rglob("*"):
+        if path.is_symlink():
+            refuse_outside(path, base)
     shutil.copytree(base, partial, ignore=skip, dirs_exist_ok=True)
     for pattern in TOKENIZER_FILES:
         for path in adapter.glob(pattern):
             if path.is_file():
+                refuse_outside(path, adapter)
                 shutil.copyfile(path, partial / path.name)
+
+
+def _check_tokenizer(adapter: Path, model: Any) -> None:
+    """Refuses the adapter's tokenizer if it has tokens that the merged model would have no embedding for."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        return
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(adapter).get_vocab()
+    except Exception:  # whatever its class raises: a tokenizer that does not load is not compared
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = sorted((index, token) for token, index in vocabulary.items() if index >= rows)
+    if beyond:
+        raise MergeError(
+            f"The tokenizer in {adapter} has {len(beyond)} tokens beyond the {rows} of the base ({beyond[0][1]!r} "
+            "first), which would have no embedding. Give the base that it was trained on, with its resized embedding."
+        )
 
 
 def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partial: Path, report: MergeReport) -> None:
@@ -222,6 +263,7 @@ def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partia
             "random. Give the base that the adapter was trained on."
         )
     _check_fit(content.deltas, merged, adapter)
+    _check_tokenizer(adapter, merged)
     bias_free = [path for path in content.deltas if merged.get_submodule(path).bias is None]
     if bias_free:
         raise MergeError(
@@ -243,10 +285,17 @@ def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partia
     report.changed = sorted({f"{path}.bias" for path in content.deltas} | moved - loading["missing_keys"])
     report.base_hashes = {file.name: xxh3(file) for file in sorted(base.glob("*.safetensors"))}
     report.difference = _difference(_logits(architecture.from_pretrained(partial, dtype="auto"), prompt), expected)
-    _refuse_difference(report.difference, merged.dtype)
+    _refuse_difference(report.difference, {parameter.dtype for parameter in merged.parameters()})
 
 
-def _verify(adapter: Path, base: Path, partial: Path, config: PreTrainedConfig, report: MergeReport) -> None:
+def _verify(
+    adapter: Path,
+    base: Path,
+    partial: Path,
+    config: PreTrainedConfig,
+    report: MergeReport,
+    dtypes: set[torch.dtype],
+) -> None:
     architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
     merged, info = architecture.from_pretrained(partial, config=config, dtype="auto", output_loading_info=True)
     wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
@@ -255,7 +304,7 @@ def _verify(adapter: Path, base: Path, partial: Path, config: PreTrainedConfig, 
             f"The merged checkpoint does not load into {type(merged).__name__}: {wrong[0]} is missing, unexpected or "
             "of another shape. It was removed: keep the adapter, and report this model."
         )
-    dtype, prompt = merged.dtype, _prompt(partial, config)
+    prompt = _prompt(partial, config)
     found = _logits(merged, prompt)
     del merged
     from .tuner import load_adapter  # and with it PEFT, which a merge alone does without
@@ -264,7 +313,8 @@ def _verify(adapter: Path, base: Path, partial: Path, config: PreTrainedConfig, 
     whole = getattr(transformers, (original.architectures or ["AutoModelForCausalLM"])[0])
     expected = _logits(load_adapter(whole.from_pretrained(base, dtype="auto"), str(adapter)), prompt)
     report.difference = _difference(found, expected)
-    _refuse_difference(report.difference, dtype)
+    # In files of mixed dtypes the biases round as their own layers do.
+    _refuse_difference(report.difference, dtypes)
     scores = adapter / SCORES_FILE
     quantization = BiasScores.from_json(scores).quantization if scores.is_file() else None
     if quantization is not None:
@@ -272,11 +322,13 @@ def _verify(adapter: Path, base: Path, partial: Path, config: PreTrainedConfig, 
         report.quantized_difference = _difference(found, _logits(load_adapter(quantized, str(adapter)), prompt))
 
 
-def _refuse_difference(difference: float, dtype: torch.dtype) -> None:
-    if not difference <= TOLERANCE[dtype]:
+def _refuse_difference(difference: float, dtypes: set[torch.dtype]) -> None:
+    dtype = max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 0.0))
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+    if not difference <= tolerance:
         raise MergeError(
             f"The merged model's logits differ from those of base plus adapter by {difference:.1e} of the largest, "
-            f"and rounding in {dtype} explains {TOLERANCE[dtype]:.0e}. The output was removed: keep the adapter, and "
+            f"and rounding in {dtype} explains {tolerance:.0e}. The output was removed: keep the adapter, and "
             "report this model."
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from .layout import BiasSite, build_skeleton, features, output_projection
 from .weight_files import CheckpointFiles, MergeError
@@ -131,5 +132,6 @@ def _fold(
                 return None
             value = value.view(-1, 1, head).expand(-1, size // len(value), -1).flatten()
         weight = checkpoint.tensor(name, "weight").float()
-        folded[name] = value @ weight if weight.shape[0] == size and weight.shape[1] != size else weight @ value
+        # Of a square matrix the shape does not tell that a Conv1D is stored transposed.
+        folded[name] = value @ weight if isinstance(found[1], Conv1D) else weight @ value
     return folded

@@ -38,6 +38,20 @@ class AdapterContent:
     base_model: str | None
 
 
+def refuse_outside(path: Path, folder: Path) -> None:
+    """Refuses a file that a link or a name leads out of its folder. The links of a hub cache stay in it.
+
+    Raises:
+        MergeError: with the file, and where it leads.
+    """
+    home = folder.resolve()
+    homes = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(path.resolve().is_relative_to(each) for each in homes):
+        raise MergeError(
+            f"{path} leads out of its folder, to {path.resolve()}: it is not read. Put the file itself there."
+        )
+
+
 def read_adapter(folder: Path) -> AdapterContent:
     """Reads the folder of an adapter.
 
@@ -46,15 +60,20 @@ def read_adapter(folder: Path) -> AdapterContent:
     """
     if not (folder / "adapter_config.json").is_file():
         raise MergeError(f"{folder} holds no adapter_config.json: give the folder that a BEFT run wrote.")
+    for file in (folder / "adapter_config.json", folder / ADAPTER_SAFE_WEIGHTS_NAME):
+        refuse_outside(file, folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = config["peft_type"]
+        modules = config.get("modules_to_save") or []
+        if not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+            raise ValueError(f"modules_to_save is {modules!r}, and must be a list of names")
         tensors = load_file(folder / ADAPTER_SAFE_WEIGHTS_NAME)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MergeError(
             f"The adapter in {folder} cannot be read ({error}): it is damaged or incomplete. Take another checkpoint."
         ) from error
-    saved = [f".{module}." for module in config.get("modules_to_save") or ()]
+    saved = [f".{module}." for module in modules]
     deltas, saved_whole, foreign = {}, {}, []
     for name, tensor in tensors.items():
         path = name.removeprefix(PREFIX)
@@ -82,10 +101,9 @@ class CheckpointFiles:
         self._base_prefix = f"{skeleton.base_model_prefix}."
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         if index.is_file():
-            self.file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self.file_of = _weight_map(index)
         elif (folder / SAFE_WEIGHTS_NAME).is_file():
-            with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
-                self.file_of = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+            self.file_of = dict.fromkeys(_names(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
         else:
             raise MergeError(
                 f"{folder} has no model.safetensors and no index of safetensors shards. Load the model with "
@@ -95,6 +113,14 @@ class CheckpointFiles:
         missing = [shard for shard in self.shards if not (folder / shard).is_file()]
         if missing:
             raise MergeError(f"{folder} lacks {missing[0]}, which its index names. Download the model again.")
+        for shard in self.shards:
+            refuse_outside(folder / shard, folder)
+            absent = {name for name, file in self.file_of.items() if file == shard} - set(_names(folder / shard))
+            if absent:
+                raise MergeError(
+                    f"{folder / shard} has no tensor {min(absent)}, which the index says is in it. Download the model "
+                    "again."
+                )
 
     def name(self, path: str, tensor: str) -> str:
         """The name in the files of a tensor of the module at `path`; weights tell it for biases that are to come.
@@ -127,6 +153,13 @@ class CheckpointFiles:
         with safe_open(self.folder / self.file_of[name], "pt") as file:
             return file.get_slice(name)[:0].dtype
 
+    def _check_size(self, name: str, shape: tuple[int, ...], values: Tensor) -> None:
+        if len(values) not in shape:
+            raise MergeError(
+                f"{name} in {self.folder} has the shape {shape}, and the adapter and the configuration say "
+                f"{len(values)} outputs. Give the base that the adapter was trained on, with its own config.json."
+            )
+
     def copy_with(
         self, add: dict[str, Tensor], create: dict[str, Tensor], folder: Path, link: bool = False
     ) -> tuple[list[str], list[str], dict[str, str]]:
@@ -145,9 +178,13 @@ class CheckpointFiles:
         for path, delta in add.items():
             name = self.name(path, "bias")
             bias = self.tensor(path, "bias")
+            self._check_size(name, tuple(bias.shape), delta)
             changed.setdefault(self.file_of[name], {})[name] = (bias.float() + delta).to(bias.dtype)
         added = {}
         for path, values in create.items():
+            name = self.name(path, "weight")
+            with safe_open(self.folder / self.file_of[name], "pt") as file:
+                self._check_size(name, tuple(file.get_slice(name).get_shape()), values)
             added[self.name(path, "bias")] = values.to(self.dtype(path))
 
         count = len(self.shards) + bool(added)
@@ -177,6 +214,30 @@ class CheckpointFiles:
             shutil.copyfile(self.folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_INDEX_NAME)
         names = sorted(name for shard in changed.values() for name in shard)
         return names, sorted(added), {shard: future.result() for shard, future in hashes.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    refuse_outside(index, index.parent)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(Path(file).name == file and "\\" not in file for file in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise MergeError(
+            f"{index} is damaged ({type(error).__name__}: {error}): it must map tensors to files. Download the model "
+            "again."
+        ) from error
+    if not plain or not weight_map:
+        outside = next((file for file in weight_map.values() if Path(file).name != file), "no file")
+        raise MergeError(f"{index} names {outside}, and its files must stand next to it. Download the model again.")
+    return weight_map
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise MergeError(f"{file} is damaged ({error}). Download the model again.") from error
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -283,7 +283,7 @@ def test_the_plugin_without_axolotl_says_what_to_install():
     program = "import sys; sys.modules['axolotl'] = None; import beft_trl.axolotl"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "ImportError: beft_trl.axolotl needs Axolotl 0.19 or later" in run.stderr
-    assert "pip install -c constraints-axolotl.txt axolotl" in run.stderr
+    assert "pip install axolotl" in run.stderr and "constraints" not in run.stderr  # which no wheel has
 
 
 def test_processes_that_form_no_run_are_refused(make_config, monkeypatch):

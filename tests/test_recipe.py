@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
 from trl import DatasetMixtureConfig
 
-from beft_trl.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe
+from beft_trl.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe, refuse_missing_model
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -146,6 +147,62 @@ def test_train_and_test_file_may_be_of_two_kinds(tmp_path):
     (tmp_path / "rows.csv").write_text("text\nw2\n")
     rows = load(train_file=str(tmp_path / "rows.jsonl"), test_file=str(tmp_path / "rows.csv"))
     assert (rows["train"]["text"][:], rows["test"]["text"][:]) == (["w1"], ["w2"])
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_local_files_keep_their_parts_whatever_the_splits_are_called(tmp_path, split):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    rows = load(
+        train_file=str(tmp_path / "train.jsonl"), test_file=str(tmp_path / "test.jsonl"), dataset_train_split=split
+    )
+    assert rows["train"][0] == {"text": "train"} and rows["test"][0] == {"text": "test"}
+
+
+MISREAD = {
+    "a key twice": ("seed: 1\nlearning_rate: 1e-3\nseed: 2\n", "seed stands twice in the recipe, in lines 2 and 4"),
+    "a nested key twice": ("lr_scheduler_kwargs: {a: 1, a: 2}\n", "a stands twice"),
+    "a word that YAML takes for false": ("save_strategy: no\n", 'write "no" in quotes'),
+    "settings of LoRA": ("lora_r: 32\n", "lora_r has no effect"),
+    "two names of dtype": ("dtype: float32\ntorch_dtype: bfloat16\n", "give dtype only"),
+    "a dtype that is none": ("dtype: float33\n", "dtype='float33'"),
+    "answers below zero": ("answers: -1\n", "answers=-1"),
+}
+
+
+@pytest.mark.parametrize("kind", MISREAD)
+def test_a_recipe_that_would_be_read_otherwise_than_it_is_written_is_refused(tmp_path, kind):
+    text, fact = MISREAD[kind]
+    (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: m\n{text}use_cpu: true\nbf16: false\n")
+    with pytest.raises(ValueError, match=re.escape(fact)):
+        parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_old_names_numbers_in_mappings_and_the_home_folder_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(
+        "model_name_or_path: ~/base\ntorch_dtype: bfloat16\nuse_cpu: true\nbf16: false\ntrain_file: ~/rows.jsonl\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 1e-1}\noutput_dir: ~/out\n"
+    )
+    recipe = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+    assert recipe.base_model == f"{tmp_path}/base" and recipe.script.train_file == f"{tmp_path}/rows.jsonl"
+    assert recipe.training.output_dir == f"{tmp_path}/out"
+    assert recipe.training.model_init_kwargs["dtype"] == "bfloat16"
+    assert recipe.training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_the_demo_before_its_model_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="python -m beft_trl.demo"):
+        refuse_missing_model("models/SmolLM2-135M-Instruct")
+    with pytest.raises(FileNotFoundError, match="'./absent'"):
+        refuse_missing_model("./absent")
+
+
+def test_answers_need_prompts(make_config):
+    rows = {"train": [], "test": Dataset.from_list([{"messages": [{"role": "user", "content": "w1"}]}])}
+    with pytest.raises(ValueError, match="answers=4"):
+        held_out_rows(rows, BeftScriptArguments(answers=4), make_config())
 
 
 def test_evaluation_needs_held_out_rows(make_config):

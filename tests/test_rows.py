@@ -1,0 +1,195 @@
+"""Files that cannot be read, cells that are not text, turns that would be lost, and tokens that do not exist."""
+
+import json
+import re
+
+import pytest
+from conftest import VOCABULARY, make_llama, make_opt, make_rows, make_tokenizer
+from datasets import Dataset, IterableDataset
+
+from beft_trl.data_files import read_file
+from beft_trl.labels import check_tokens, position_limit
+from beft_trl.rows import check_cells, check_template, prepare_rows
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+FILES = {
+    "missing brace": ("r.jsonl", GOOD + '{"prompt": "a"\n' + GOOD, "line 2"),
+    "a number among texts": ("r.jsonl", GOOD + '{"prompt": 3, "completion": "b"}\n', "line 2: 'prompt'"),
+    "a row that is text": ("r.jsonl", GOOD + '"text"\n', "line 2"),
+    "a row that is null": ("r.jsonl", GOOD + "null\n", "line 2"),
+    "a list of lists": ("r.json", "[[1]]", "line 1"),
+    "UTF-16": ("r.jsonl", GOOD.encode("utf-16"), "line 1"),
+    "Latin-1": ("r.csv", "prompt,completion\na,b\nä,c\n".encode("latin-1"), "line 3"),
+    "ragged": ("r.csv", "prompt,completion\na,b\nc,d,e\n", "line 3: 3 cells"),
+    "an open quote": ("r.csv", 'prompt,completion\na,"b\n', "line"),
+    "no parquet": ("r.parquet", "text", "r.parquet"),
+    "empty": ("r.jsonl", "", "empty"),
+    "no rows": ("r.json", "[]", "no rows"),
+    "another kind": ("r.txt", "text", "no known kind"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, kind):
+    name, content, fact = FILES[kind]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=re.escape(fact)) as raised:
+        read_file(tmp_path / name)
+    assert name in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "[a]ü.jsonl", "rows.JSONL"])
+def test_a_file_of_any_name_is_read(tmp_path, name):
+    (tmp_path / name).write_text(GOOD * 3, encoding="utf-8-sig" if "ü" in name else "utf-8")
+    assert read_file(tmp_path / name)[2] == {"prompt": "a", "completion": "b"}
+
+
+def test_a_file_of_one_value_over_many_lines_is_read(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "a"}, {"text": None}, {"text": "b"}], indent=2))
+    assert read_file(tmp_path / "rows.json")["text"] == ["a", None, "b"]
+
+
+def test_words_of_a_csv_are_words_and_an_empty_cell_is_empty(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,input,output\nCode of Namibia?,,NA\nSay,null,nan\n")
+    assert read_file(tmp_path / "rows.csv").to_list() == [
+        {"instruction": "Code of Namibia?", "input": "", "output": "NA"},
+        {"instruction": "Say", "input": "null", "output": "nan"},
+    ]
+
+
+TURN, ANSWER = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+CELLS = {
+    "null completion": {"prompt": "a", "completion": None},
+    "blank completion": {"prompt": "a", "completion": "  "},
+    "null text": {"text": None},
+    "number": {"text": 3},
+    "null prompt": {"prompt": None, "completion": "b"},
+    "no turns": {"messages": []},
+    "null content": {"messages": [{"role": "user", "content": None}]},
+    "no role": {"messages": [{"content": "w1"}]},
+    "null turn": {"messages": [None]},
+    "no value": {"conversations": [{"from": "human", "value": None}]},
+}
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cell_that_is_no_text_is_named_with_its_row(kind, streaming):
+    row = CELLS[kind]
+    rows = Dataset.from_list([row, row])
+    if streaming:
+        rows = IterableDataset.from_generator(lambda: iter([row]))
+    with pytest.raises(
+        ValueError, match=rf"Row 1 of rows: .*{next(reversed(row)) if 'prompt' not in kind else 'prompt'}"
+    ):
+        check_cells(rows, "rows")
+
+
+def test_the_row_of_a_bad_cell_is_found_among_many():
+    rows = [{"prompt": "", "completion": "b"}] * 12_345 + [{"prompt": "a", "completion": ""}]
+    with pytest.raises(ValueError, match="Row 12346 of rows: 'completion' is empty"):
+        check_cells(Dataset.from_list(rows), "rows")
+
+
+def test_calls_of_tools_need_no_content():
+    check_cells(
+        Dataset.from_list([{"messages": [TURN, {"role": "assistant", "content": None, "tool_calls": [{"a": 1}]}]}]),
+        "rows",
+    )
+
+
+def ids(trainer):
+    return [list(row) for row in trainer.train_dataset["input_ids"]]
+
+
+def test_a_text_column_next_to_a_completion_changes_nothing_that_is_learnt(make_trainer):
+    """TRL alone would add the end of the sequence to the text, and learn the completion without it."""
+    plain = make_trainer(rows=make_rows(4))
+    three = make_trainer(rows=make_rows(4).map(lambda row: {"text": "unused"}))
+    assert ids(three) == ids(plain)
+    assert all(row[-1] == make_tokenizer().eos_token_id for row in ids(three))
+
+
+ROLES = (
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant', 'system') %}{{ m['content'] + ' ' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def chatting():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ROLES
+    return tokenizer
+
+
+@pytest.mark.parametrize("roles", [("human", "gpt"), ("user", "bot"), ("user", "model")])
+@pytest.mark.parametrize("form", ["conversations", "messages"])
+def test_turns_of_other_names_of_roles_are_learnt(make_trainer, monkeypatch, roles, form):
+    key, content = ("from", "value") if form == "conversations" else ("role", "content")
+    rows = Dataset.from_list([{form: [{key: roles[0], content: "w1 w2"}, {key: roles[1], content: "w3 w4"}]}] * 4)
+    monkeypatch.setattr("conftest.make_tokenizer", chatting)
+    trainer = make_trainer(rows=rows)
+    assert ids(trainer) == [chatting()("w1 w2 w3 w4 ")["input_ids"]] * 4
+
+
+def test_a_role_that_the_template_passes_over_is_refused():
+    rows = Dataset.from_list([{"messages": [TURN, {"role": "narrator", "content": "w5"}, ANSWER]}])
+    with pytest.raises(ValueError, match="'narrator'"):
+        check_template(prepare_rows(rows), "rows", chatting())
+    check_template(Dataset.from_list([{"messages": [TURN, ANSWER]}]), "rows", chatting())
+
+
+def test_a_template_that_raises_names_the_row():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="Row 1 of rows.*roles must alternate"):
+        check_template(Dataset.from_list([{"messages": [TURN]}]), "rows", tokenizer)
+
+
+TOKENS = {
+    "beyond the vocabulary": {"input_ids": [3, VOCABULARY], "labels": [3, 4]},
+    "below zero": {"input_ids": [3, -1], "labels": [3, 4]},
+    "a label beyond the vocabulary": {"input_ids": [3, 4], "labels": [3, VOCABULARY]},
+    "a label below zero": {"input_ids": [3, 4], "labels": [3, -5]},
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_a_token_that_the_model_does_not_have_is_named(make_trainer, kind):
+    rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [-100, 4]}, TOKENS[kind]])
+    wrong = next(number for column in TOKENS[kind].values() for number in column if not 0 <= number < VOCABULARY)
+    with pytest.raises(ValueError, match=rf"Row 2 of the train dataset has {wrong} in"):
+        make_trainer(make_llama(), rows)
+
+
+@pytest.mark.parametrize("term", ["auto", "value"])
+def test_labels_that_are_all_masked_are_refused_when_nothing_prepares_them(make_trainer, term):
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 8)
+    with pytest.raises(ValueError, match="None of the 8 rows of the train dataset has a token to learn from"):
+        make_trainer(make_llama(), rows, bias_term=term, dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def test_a_row_beyond_the_table_of_positions_is_refused(make_trainer):
+    rows = Dataset.from_list([{"input_ids": [5] * 65}])
+    with pytest.raises(ValueError, match="65 tokens, and the model has 64 positions"):
+        make_trainer(make_opt(), rows, max_length=None)
+    assert position_limit(make_llama()) is None  # rotary positions have no table
+    make_trainer(make_llama(), rows, max_length=None)
+
+
+def test_what_is_in_range_passes():
+    check_tokens(Dataset.from_list([{"input_ids": [0, VOCABULARY - 1], "labels": [-100, 0]}]), "train", VOCABULARY, 2)
+    check_tokens([{"input_ids": [999]}], "train", 8, None)  # no Dataset: not looked at
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "eval_nothing", "mean_token_accuracy"])
+def test_a_metric_that_no_evaluation_gives_is_refused_before_the_run(make_trainer, metric):
+    settings = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True,
+    }  # fmt: skip
+    held_out = {"eval_dataset": make_rows(8)}
+    with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}'"):
+        make_trainer(trainer=held_out, metric_for_best_model=metric, **settings)
+    make_trainer(trainer=held_out, metric_for_best_model="eval_loss", bias_term="value", **settings).train()
