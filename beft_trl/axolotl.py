@@ -76,6 +76,14 @@ class BeftArgs(BaseModel):
             "description": "Learning rate of the biases, relative to each projection's mean output, such as 3e-2."
         },
     )
+    beft_allow_changed_resume: bool | None = Field(
+        default=None,
+        json_schema_extra={"description": "Resume although data or settings differ. Default: false."},
+    )
+    beft_trust_checkpoint: bool | None = Field(
+        default=None,
+        json_schema_extra={"description": "Resume a ZeRO checkpoint of another user. Default: false."},
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -289,6 +289,8 @@ def test_the_keys_are_typed_and_described_in_the_schema():
         "score_learning_rate",
         "score_anchor",
         "relative_learning_rate",
+        "allow_changed_resume",
+        "trust_checkpoint",
     ):
         assert fields[f"beft_{name}"].json_schema_extra["description"]
 
