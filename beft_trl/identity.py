@@ -47,7 +47,6 @@ def identify_run(model: Any, args: Any, dataset: Any, base: dict[str, str | None
         `dict`: `base_model`, `revision`, what `base` holds, `dtype`, `quantization`, `rows`, `data` (a hash of up to
         1,024 rows, `None` for a stream) and every setting that can change the result.
     """
-    quantization = getattr(model.config, "quantization_config", None)
     rows, data = _data(dataset)
     settings = {name: value for name, value in args.to_dict().items() if not name.startswith(WITHOUT_EFFECT)}
     identity = {
@@ -55,12 +54,18 @@ def identify_run(model: Any, args: Any, dataset: Any, base: dict[str, str | None
         "revision": getattr(model.config, "_commit_hash", None),
         **base,
         "dtype": str(model.dtype),
-        "quantization": quantization.to_diff_dict() if quantization is not None else None,
+        "quantization": quantization_of(model.config),
         "rows": rows,
         "data": data,
         **settings,
     }
     return json.loads(json.dumps(identity, default=str))
+
+
+def quantization_of(config: Any) -> dict[str, Any] | None:
+    """The configuration that a model was quantised with, as plain values; `None` for one that was not."""
+    quantization = getattr(config, "quantization_config", None)
+    return quantization.to_diff_dict() if hasattr(quantization, "to_diff_dict") else quantization
 
 
 def differences(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

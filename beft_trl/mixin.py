@@ -45,7 +45,7 @@ from .deltas import (
     gather_saved_whole,
 )
 from .engines import engine_of, refuse_cell, slow_16_bits
-from .identity import identify_base, identify_run
+from .identity import identify_base, identify_run, quantization_of
 from .importance import BiasScores, rank
 from .labels import check_tokens, position_limit
 from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term, skeleton_of
@@ -217,14 +217,13 @@ class BeftTrainerMixin:
         """What is recorded of a scoring pass, or of a `term` that was given."""
         left_out = self.bias_sites.left_out
         notes = [f"{left_out} layers without query, key and value projections of their own are left out."]
-        quantization = getattr(self.model.config, "quantization_config", None)
         return BiasScores(
             selected=rank(result.terms, self.args.score_method)[0] if result else term,
             method=self.args.score_method if result else None,
             anchor=result.anchor if result else None,
             steps=result.steps if result else 0,
             base_model=self.model.get_base_model().name_or_path,
-            quantization=quantization.to_diff_dict() if quantization is not None else None,
+            quantization=quantization_of(self.model.config),
             terms=result.terms if result else score_terms(self.bias_sites, {}, {}, {}),
             notes=[*(notes if left_out else ()), *(result.notes if result else ())],
             versions={name: version(name) for name in ("beft_trl", "peft", "torch", "transformers", "trl")},
