@@ -5,15 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from .config import BeftConfigMixin
 from .tuner import refuse_other_adapters
 
 
-# What Transformers' evaluation gives without a function for metrics.
+# What an evaluation gives without a function for metrics: for each dataset by Transformers, and for all by TRL.
 EVALUATED = ("loss", "runtime", "samples_per_second", "steps_per_second")
+TRLS = ("mean_token_accuracy", "entropy", "num_tokens")
+NEED_THE_MODEL = ("galore", "lomo", "adalomo", "apollo", "muon")  # optimizers that are made of its layers
+STEPS = 1000  # of a run for which a schedule is tried
 
 
 def arguments_by_name(init: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -93,9 +97,48 @@ def refuse_unknown_metric(args: TrainingArguments, eval_dataset: Any, compute_me
     if metric is None or compute_metrics is not None or str(getattr(args.eval_strategy, "value", "no")) == "no":
         return
     prefixes = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
-    known = [f"{prefix}{name}" for prefix in prefixes for name in EVALUATED]
+    known = [*(f"{prefix}{name}" for prefix in prefixes for name in EVALUATED), *TRLS]
     if metric.removeprefix("eval_") not in known:
         raise ValueError(
             f"metric_for_best_model={metric!r} is no metric of this run's evaluation, which gives "
             f"{', '.join(known)}. Use 'loss', or give compute_metrics."
         )
+
+
+def check_optimizer(args: TrainingArguments, given: tuple[Any, dict] | None = None) -> None:
+    """Refuses an optimizer or a schedule that its settings do not make, by making both for one number.
+
+    Args:
+        args (`TrainingArguments`): with `optim`, `lr_scheduler_type` and what belongs to them.
+        given (`tuple`, *optional*): `optimizer_cls_and_kwargs`, in the place of `optim`.
+
+    Raises:
+        ImportError: for an optimizer whose package is not installed.
+        ValueError: with the settings, and what is wrong with them.
+    """
+    number = nn.Parameter(torch.zeros(1, 1))
+    try:
+        if given is None and not args.optim.startswith(NEED_THE_MODEL):
+            made, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+            if isinstance(made, type) and issubclass(made, torch.optim.Optimizer):
+                made([number], **settings)
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        raise ValueError(
+            f"optim={args.optim.value!r} cannot be made with learning_rate={args.learning_rate}, "
+            f"adam_beta1={args.adam_beta1}, adam_beta2={args.adam_beta2}, adam_epsilon={args.adam_epsilon} and "
+            f"optim_args={args.optim_args!r}: {error}."
+        ) from error
+    name = args.lr_scheduler_type.value
+    try:
+        optimizer = torch.optim.SGD([number], lr=args.learning_rate)
+        warmup = args.get_warmup_steps(STEPS)
+        options: Any = args.lr_scheduler_kwargs
+        schedule = get_scheduler(name, optimizer, warmup, STEPS, options)
+        for step in (0, warmup, STEPS // 2, STEPS):
+            for factor in getattr(schedule, "lr_lambdas", ()):
+                factor(step)
+    except (TypeError, ValueError, AssertionError, KeyError, ArithmeticError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={args.lr_scheduler_kwargs} and "
+            f"warmup_steps={args.warmup_steps}: {error}."
+        ) from error

@@ -105,7 +105,7 @@ def drop_masked(
         num_proc (`int`, *optional*): processes of the filter, `dataset_num_proc`.
 
     Raises:
-        ValueError: where there are none.
+        ValueError: if there are none.
     """
     rows = prepared if packing else given
     # TRL itself drops such rows only where it truncates.
@@ -126,7 +126,26 @@ def drop_masked(
 
 
 def _learnt(row: dict[str, Any]) -> bool:
-    return any(label != IGNORED for label in row["labels"])
+    # A token is learnt from those before it, so that the first one of a row never is.
+    return any(label != IGNORED for label in row["labels"][1:])
+
+
+def refuse_too_few_rows(trainer: Any) -> None:
+    """Refuses rows that `dataloader_drop_last` would leave out, all of them.
+
+    Args:
+        trainer (`Trainer`): with its rows prepared.
+
+    Raises:
+        ValueError: with the number of rows, and that of a batch.
+    """
+    args, rows = trainer.args, trainer.train_dataset
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < batch:
+        raise ValueError(
+            f"dataloader_drop_last=True leaves out all of the {len(rows)} rows of the train dataset: a batch is "
+            f"{batch}. Lower per_device_train_batch_size, or leave dataloader_drop_last out."
+        )
 
 
 @dataclass
@@ -177,7 +196,7 @@ def audit_labels(
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return LabelAudit(
         rows=len(given),
-        unsupervised=sum(all(label == IGNORED for label in labels[start]) for labels in whole["labels"]),
+        unsupervised=sum(all(label == IGNORED for label in labels[start][1:]) for labels in whole["labels"]),
         truncated=sum(len(tokens) > limit for tokens in whole["input_ids"]),
         longest=max(lengths),
         tokens_per_step=min(sequences, len(prepared)) * sum(lengths) / len(lengths),

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 import pyarrow.compute as pc
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl.data_utils import is_conversational
@@ -20,16 +21,25 @@ ROLES = {
     "function_response": "tool", "observation": "tool",
 }  # fmt: skip
 TURNS = ("messages", "conversations", "prompt", "completion")
-LOOKED_AT = 64  # rows whose rendered text is searched for their turns
+NAMES = {"from": "role", "value": "content"}  # of ShareGPT
+TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
+RENDERED = ("tools", "chat_template_kwargs")  # columns that a template sees next to the turns
+LOOKED_AT = 64  # conversations in which a trace of a role is looked for
+OTHER = "another text"
+# What templates raise, and what happens in them.
+UNRENDERED = (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError, AttributeError, ZeroDivisionError)
 
 
-def check_columns(dataset: Any, args: Any, formatting_func: Callable | None = None) -> None:
+def check_columns(
+    dataset: Any, args: Any, formatting_func: Callable | None = None, name: str = "train_dataset"
+) -> None:
     """Refuses a dataset without rows, or with columns that TRL would not understand.
 
     Args:
-        dataset: the training rows.
+        dataset: the rows.
         args (`SFTConfig`): with the names of columns.
         formatting_func (`Callable`, *optional*): makes text of a row, whatever its columns.
+        name (`str`, *optional*, defaults to `"train_dataset"`): of the rows, for messages.
 
     Raises:
         ValueError: with the columns that were found, and those that are needed.
@@ -39,21 +49,19 @@ def check_columns(dataset: Any, args: Any, formatting_func: Callable | None = No
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError(
-            "train_dataset is empty: there is nothing to score or train on. Check the file and the split."
+            f"{name} is empty: there is nothing to {'score or train on' if name == 'train_dataset' else 'evaluate'}. "
+            "Check the file and the split."
         )
     skips = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
     if formatting_func is not None or skips or "image" in row or "images" in row:
         return
-    explained = (
-        "input_ids" in row
-        or args.dataset_text_field in row
-        or {"prompt", "completion"} <= set(row)
-        or "conversations" in row
-        or isinstance(row.get("messages"), list)
-    )
+    explained = "input_ids" in row or {"prompt", "completion"} <= set(row)
+    if "prompt" not in row:  # TRL would look for its completion
+        turns = isinstance(row.get("messages"), list) or "conversations" in row
+        explained = explained or turns or args.dataset_text_field in row
     if not explained:
         raise ValueError(
-            f"The columns of train_dataset explain no format: found {', '.join(row)}. Needed: "
+            f"The columns of {name} explain no format: found {', '.join(row)}. Needed: "
             f"'{args.dataset_text_field}' (plain text), 'messages' (conversations), 'prompt' and 'completion', "
             "'input_ids' (tokenized), or a formatting_func."
         )
@@ -77,9 +85,20 @@ def check_cells(dataset: Any, name: str, text_field: str = "text") -> None:
         rows, columns = dataset, dataset.column_names
     else:
         return
-    if "input_ids" in columns or "image" in columns or "images" in columns:
+    if "image" in columns or "images" in columns:
+        return
+    if "input_ids" in columns:
+        _check_tokenized(rows, columns, name)
         return
     learnt = [column for column in (text_field, *TURNS) if column in columns]
+    if {"prompt", "completion"} <= set(learnt):
+        first = next(iter(rows if isinstance(rows, Dataset) else dataset))
+        kinds = {column: "turns" if isinstance(first[column], list) else "text" for column in TURNS[-2:]}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(
+                f"Row 1 of {name}: 'prompt' is {kinds['prompt']} and 'completion' {kinds['completion']}. Give both as "
+                "text, or both as turns of a conversation."
+            )
     plain = [column for column in learnt if isinstance(rows, Dataset) and _is_text(rows.features[column])]
     for column in plain:
         offset = 0
@@ -102,6 +121,28 @@ def check_cells(dataset: Any, name: str, text_field: str = "text") -> None:
 
 def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _check_tokenized(rows: Any, columns: list[str], name: str) -> None:
+    """Refuses token ids, labels and masks that are not one whole number for each token."""
+    columns = [column for column in TOKENIZED if column in columns]
+    if not isinstance(rows, Dataset):
+        rows = Dataset.from_list([{column: row[column] for column in columns} for row in rows])
+    for column in columns:
+        if "int" not in str(getattr(getattr(rows.features[column], "feature", None), "dtype", "")):
+            row = next((cells for cells in rows[column] if cells), None)
+            raise ValueError(f"{column!r} of {name} is {row!r:.60}, and must be a list of whole numbers in each row.")
+    offset = 0
+    for batch in rows.select_columns(columns).with_format("arrow").iter(10_000):
+        tokens, *others = (pc.list_value_length(batch[column]) for column in columns)
+        for column, lengths in zip(columns[1:], others, strict=True):
+            found = pc.index(pc.fill_null(pc.equal(tokens, lengths), False), False).as_py()
+            if found >= 0:
+                raise ValueError(
+                    f"Row {offset + found + 1} of {name} has {tokens[found]} tokens in 'input_ids' and "
+                    f"{lengths[found].as_py() or 'no'} numbers in {column!r}. Each token needs one."
+                )
+        offset += len(batch)
 
 
 def _refuse_cell(name: str, row: int, column: str, value: Any) -> None:
@@ -133,7 +174,7 @@ def _check_cell(value: Any, name: str, row: int, column: str) -> None:
             )
 
 
-def prepare_rows(dataset: Any, text_field: str = "text") -> Any:
+def prepare_rows(dataset: Any, text_field: str = "text", num_proc: int | None = None) -> Any:
     """Rows in which TRL loses nothing: roles by the names that templates know, and one format only.
 
     TRL (1.16) keeps ShareGPT's roles "human" and "gpt", which templates pass over, and adds the end of the sequence
@@ -142,35 +183,86 @@ def prepare_rows(dataset: Any, text_field: str = "text") -> Any:
     Args:
         dataset: the rows; anything but a `Dataset` or `IterableDataset` is returned as it is.
         text_field (`str`, *optional*, defaults to `"text"`): the column of plain text.
+        num_proc (`int`, *optional*): processes, `dataset_num_proc`.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
     row = next(iter(dataset), None) or {}
     if "input_ids" in row:
         return dataset
-    if {"prompt", "completion", text_field} <= set(row):
-        logger.warning(f"The column {text_field!r} is left out, since the rows have prompt and completion.")
+    turns = [name for name in TURNS if isinstance(row.get(name), list)]
+    other = "prompt and completion" if {"prompt", "completion"} <= set(row) else "turns" if turns else None
+    if text_field in row and other:
+        logger.warning(f"The column {text_field!r} is left out, since the rows have {other}.")
         dataset = dataset.remove_columns(text_field)
-    renamed = [name for name in TURNS if isinstance(row.get(name), list)]
-    if renamed and any(_other_roles(row[name]) for name in renamed):
-        dataset = dataset.map(_rename_roles, fn_kwargs={"columns": renamed})
+    if "conversations" in turns or any(turn.get("role") in ROLES for name in turns for turn in row[name]):
+        options: dict[str, Any] = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
+        with PartialState().main_process_first():
+            dataset = dataset.map(
+                _as_messages,
+                fn_kwargs={"columns": turns},
+                remove_columns=["conversations"] if "conversations" in turns else None,
+                **options,
+            )
     return dataset
 
 
-def _other_roles(turns: list) -> bool:
-    return any(isinstance(turn, dict) and ("from" in turn or turn.get("role") in ROLES) for turn in turns)
-
-
-def _rename_roles(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+def _as_messages(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    """Turns by the names of Transformers, under `messages` if they were under `conversations`."""
+    changed = {}
     for column in columns:
-        for turn in row[column]:
-            key = "from" if "from" in turn else "role"
-            turn[key] = ROLES.get(turn[key], turn[key])
-    return row
+        turns = [{NAMES.get(key, key): value for key, value in turn.items()} for turn in row[column]]
+        for turn in turns:
+            turn["role"] = ROLES.get(turn["role"], turn["role"])
+        changed["messages" if column == "conversations" else column] = turns
+    return changed
 
 
-def check_template(dataset: Any, name: str, tokenizer: Any, template: str | None = None) -> None:
-    """Refuses conversations that the chat template cannot render, or whose turns of some role it passes over.
+def check_roles(dataset: Any, name: str, tokenizer: Any, template: str | None = None) -> None:
+    """Refuses conversations with a role whose turns the chat template passes over, each of them.
+
+    A turn is passed over if the text stays the same whatever its content is.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): the rows, with messages, or with prompt and completion. Of a stream
+            only the first ones are looked at.
+        name (`str`): of the rows, for messages.
+        tokenizer (`PreTrainedTokenizerBase`): with a chat template.
+        template (`str`, *optional*): in its place.
+
+    Raises:
+        ValueError: with the role.
+    """
+    seen: dict[str, int] = {}  # a role's conversations without a trace of it, 0 from the first one with a trace
+    row: dict[str, Any] = next(iter(dataset), {})
+    columns = [column for column in TURNS if isinstance(row.get(column), list)]
+    if not columns or not is_conversational(row):
+        return
+    if isinstance(dataset, Dataset):
+        picked: Any = dataset.select_columns([*columns, *(name for name in RENDERED if name in row)])
+    else:
+        picked = islice(dataset, LOOKED_AT)
+    for row in picked:
+        turns = [turn for column in columns for turn in row[column]]
+        for role in {turn["role"] for turn in turns if turn.get("content")}:
+            if 0 < seen.get(role, 1) <= LOOKED_AT:
+                others = [{**turn, "content": OTHER} if turn["role"] == role else turn for turn in turns]
+                try:
+                    lost = render(turns, row, tokenizer, template) == render(others, row, tokenizer, template)
+                except UNRENDERED:  # told of by `explain_unrendered`, or for want of the real content
+                    lost = False
+                seen[role] = seen.get(role, 0) + 1 if lost else 0
+    passed_over = [role for role, count in seen.items() if count]
+    if passed_over:
+        raise ValueError(
+            f"The chat template passes over the turns of the role {passed_over[0]!r} in {name}: none is in the text "
+            f"that would be learnt. The template of {tokenizer.name_or_path or 'the tokenizer'} must know the "
+            "role: use others, such as user and assistant, or set chat_template_path."
+        )
+
+
+def explain_unrendered(dataset: Any, name: str, tokenizer: Any, template: str | None = None) -> None:
+    """Says which row a chat template cannot render, if there is one.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the rows.
@@ -179,42 +271,28 @@ def check_template(dataset: Any, name: str, tokenizer: Any, template: str | None
         template (`str`, *optional*): in its place.
 
     Raises:
-        ValueError: with the row, or the role.
+        ValueError: with the row and what the template says.
     """
-    seen: dict[str, bool] = {}
-    for number, row in enumerate(islice(dataset, LOOKED_AT)):
-        if not is_conversational(row) and "conversations" not in row:
+    for number, row in enumerate(dataset, 1):
+        if not is_conversational(row):
             return
-        turns = [turn for column in TURNS if isinstance(row.get(column), list) for turn in row[column]]
-        turns = [
-            {("role" if key == "from" else "content" if key == "value" else key): turn[key] for key in turn}
-            for turn in turns
-        ]
-        try:
-            text = tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                chat_template=template,
-                tools=_tools(row),
-                **(row.get("chat_template_kwargs") or {}),
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"Row {number + 1} of {name}: the chat template cannot render it ({error}). Look at its roles and "
-                "their order, or set chat_template_path to a template that knows them."
-            ) from error
-        for turn in turns:
-            if isinstance(turn.get("content"), str) and turn["content"].strip():
-                seen[turn["role"]] = seen.get(turn["role"], False) or turn["content"].strip() in text
-    lost = [role for role, found in seen.items() if not found]
-    if lost:
-        raise ValueError(
-            f"The chat template passes over the turns of the role {lost[0]!r} in {name}: none of them is in the text "
-            "that would be learnt. Use the roles that the template knows, such as user and assistant, or set "
-            "chat_template_path to a template that knows these."
-        )
+        for columns in ({"messages"}, {"prompt"}, {"prompt", "completion"}):
+            turns = [turn for column in TURNS if column in columns & set(row) for turn in row[column]]
+            try:
+                if turns:
+                    render(turns, row, tokenizer, template, add_generation_prompt=columns == {"prompt"})
+            except UNRENDERED as error:
+                raise ValueError(
+                    f"Row {number} of {name}: the chat template cannot render it ({error}). Look at its roles and "
+                    "their order, or set chat_template_path to a template that takes them."
+                ) from error
 
 
-def _tools(row: dict[str, Any]) -> Any:
+def render(turns: list, row: dict[str, Any], tokenizer: Any, template: str | None, **options: Any) -> str:
+    """The text of a conversation, as TRL renders it."""
     tools = row.get("tools")
-    return json.loads(tools) if isinstance(tools, str) else tools
+    options |= {"chat_template": template, "tools": json.loads(tools) if isinstance(tools, str) else tools}
+    options |= row.get("chat_template_kwargs") or {}
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, **{**options, **(row.get("chat_template_kwargs") or {})}
+    )

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
 from . import report
-from .arguments import refuse_unknown_metric
+from .arguments import check_optimizer, refuse_unknown_metric
 from .config import BeftSFTConfig, BeftTrainingArguments
-from .labels import drop_masked
+from .labels import drop_masked, refuse_too_few_rows
 from .mixin import BeftTrainerMixin
-from .rows import check_cells, check_columns, check_template, prepare_rows
+from .rows import UNRENDERED, check_cells, check_columns, check_roles, explain_unrendered, prepare_rows
 
 
 class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
@@ -48,29 +48,39 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
             name = model.config.name_or_path if isinstance(model, nn.Module) else model
             args = BeftSFTConfig(f"{Path(name or 'model').name}-BEFT")
         super().__init__(model, args, *positional, **kwargs)
+        refuse_too_few_rows(self)
 
     def _check_given(self, given: dict[str, Any]) -> None:
         args, formatting = given["args"], given.get("formatting_func")
-        check_columns(given.get("train_dataset"), args, formatting)
+        check_optimizer(args, given.get("optimizer_cls_and_kwargs"))
         refuse_unknown_metric(args, given.get("eval_dataset"), given.get("compute_metrics"))
-        if formatting is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            return
 
-        def prepared(rows: Any, name: str) -> Any:
+        def checked(rows: Any, name: str) -> Any:
+            check_columns(rows, args, formatting, name)
+            if formatting is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+                return rows
             check_cells(rows, name, args.dataset_text_field)
-            return prepare_rows(rows, args.dataset_text_field)
+            return prepare_rows(rows, args.dataset_text_field, args.dataset_num_proc)
 
         for name in ("train_dataset", "eval_dataset"):
             rows = given.get(name)
             if isinstance(rows, dict):
-                given[name] = {key: prepared(part, f"{name} {key!r}") for key, part in rows.items()}
+                given[name] = {key: checked(part, f"{name} {key!r}") for key, part in rows.items()}
             elif rows is not None:
-                given[name] = prepared(rows, name)
+                given[name] = checked(rows, name)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        rows = (dataset, f"{dataset_name}_dataset", processing_class, self.chat_template)
         if formatting_func is None:
-            check_template(dataset, f"the {dataset_name} dataset", processing_class, self.chat_template)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            check_roles(*rows)
+        try:
+            prepared = super()._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, dataset_name
+            )
+        except UNRENDERED:
+            if formatting_func is None:
+                explain_unrendered(*rows)
+            raise
         if isinstance(prepared, IterableDataset):
             return prepared
         return drop_masked(prepared, dataset, dataset_name, args.max_length, packing, args.dataset_num_proc)

@@ -137,7 +137,8 @@ def test_a_bias_anchor_without_biases(make_trainer):
 
 
 def test_a_scoring_pass_without_a_batch(make_trainer):
-    trainer = make_trainer(rows=make_rows(2), per_device_train_batch_size=4, dataloader_drop_last=True)
+    trainer = make_trainer(per_device_train_batch_size=4, dataloader_drop_last=True)
+    trainer.train_dataset = trainer.train_dataset.select(range(2))
     with pytest.raises(RuntimeError, match="got no batch: the training data are fewer than one batch"):
         trainer.train()
 

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from beft_trl.data_files import read_file
 from beft_trl.labels import check_tokens, position_limit
-from beft_trl.rows import check_cells, check_template, prepare_rows
+from beft_trl.rows import check_cells, check_roles, explain_unrendered
 
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
@@ -133,18 +133,80 @@ def test_turns_of_other_names_of_roles_are_learnt(make_trainer, monkeypatch, rol
     assert ids(trainer) == [chatting()("w1 w2 w3 w4 ")["input_ids"]] * 4
 
 
-def test_a_role_that_the_template_passes_over_is_refused():
-    rows = Dataset.from_list([{"messages": [TURN, {"role": "narrator", "content": "w5"}, ANSWER]}])
+def test_a_role_that_the_template_passes_over_is_refused_in_whatever_row():
+    spoken = [{"messages": [TURN, ANSWER]}] * 200
+    lost = {"messages": [TURN, {"role": "narrator", "content": "w5"}, ANSWER]}
     with pytest.raises(ValueError, match="'narrator'"):
-        check_template(prepare_rows(rows), "rows", chatting())
-    check_template(Dataset.from_list([{"messages": [TURN, ANSWER]}]), "rows", chatting())
+        check_roles(Dataset.from_list([*spoken, lost]), "rows", chatting())
+    check_roles(Dataset.from_list(spoken), "rows", chatting())
 
 
-def test_a_template_that_raises_names_the_row():
+@pytest.mark.parametrize(
+    "shown", ["m['content'] | tojson", "m['content'].split('</think>')[-1]", "m['content'] | upper"]
+)
+def test_a_turn_that_the_template_rewrites_is_not_lost(shown):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="Row 1 of rows.*roles must alternate"):
-        check_template(Dataset.from_list([{"messages": [TURN]}]), "rows", tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ " + shown + " }}{% endfor %}"
+    answer = {"role": "assistant", "content": 'w5 "w6" </think> w7'}
+    check_roles(Dataset.from_list([{"messages": [TURN, answer]}]), "rows", tokenizer)
+
+
+def test_a_role_without_words_is_not_lost():
+    rows = [{"messages": [{"role": "system", "content": ""}, TURN, ANSWER]}]
+    check_roles(Dataset.from_list(rows), "rows", chatting())
+
+
+def test_a_template_that_raises_names_the_row(make_trainer, monkeypatch):
+    def strict():
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = (
+            "{% if messages[0]['role'] != 'user' %}{{ raise_exception('must begin with user') }}{% endif %}" + ROLES
+        )
+        return tokenizer
+
+    rows = Dataset.from_list([{"messages": [TURN, ANSWER]}] * 99 + [{"messages": [ANSWER, TURN]}])
+    with pytest.raises(ValueError, match="Row 100 of rows.*must begin with user"):
+        explain_unrendered(rows, "rows", strict())
+    monkeypatch.setattr("conftest.make_tokenizer", strict)
+    with pytest.raises(ValueError, match="Row 100 of train_dataset.*must begin with user"):
+        make_trainer(rows=rows)
+
+
+def test_held_out_rows_are_looked_at_as_those_to_train_on_are(make_trainer):
+    for rows, fact in (([{"question": "a"}], "question"), ([{"text": None}], "Row 1 of eval_dataset")):
+        with pytest.raises(ValueError, match=fact):
+            make_trainer(trainer={"eval_dataset": Dataset.from_list(rows)})
+
+
+FORMATS = {
+    "text and turns": {"prompt": "w1", "completion": [ANSWER]},
+    "a text next to a prompt without completion": {"text": "w1", "prompt": "w2"},
+    "ids of text": {"input_ids": "3 4"},
+    "ids of words": {"input_ids": ["w3", "w4"]},
+    "ids of lists": {"input_ids": [[3, 4]]},
+    "labels of text": {"input_ids": [3, 4], "labels": "34"},
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_columns_that_do_not_fit_each_other_are_refused(make_trainer, kind):
+    with pytest.raises(ValueError, match=list(FORMATS[kind])[-1]):
+        make_trainer(rows=Dataset.from_list([FORMATS[kind]] * 4))
+
+
+@pytest.mark.parametrize("more", [{"labels": [3, 4]}, {"completion_mask": [1]}])
+def test_rows_with_fewer_labels_than_tokens_are_refused(make_trainer, more):
+    row = {"input_ids": [3, 4, 5]}
+    good = {name: [1] * 3 for name in more}
+    with pytest.raises(ValueError, match="Row 2 of train_dataset has 3 tokens"):
+        make_trainer(rows=Dataset.from_list([row | good, row | more]))
+
+
+def test_a_first_token_alone_is_nothing_to_learn_from(make_trainer):
+    """The loss of a causal model passes over the first label, which no token precedes."""
+    for row in ({"input_ids": [3]}, {"input_ids": [3, 4], "labels": [3, -100]}):
+        with pytest.raises(ValueError, match="None of the 4 rows"):
+            make_trainer(rows=Dataset.from_list([row] * 4))
 
 
 TOKENS = {
@@ -183,13 +245,54 @@ def test_what_is_in_range_passes():
     check_tokens([{"input_ids": [999]}], "train", 8, None)  # no Dataset: not looked at
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "eval_nothing", "mean_token_accuracy"])
+BEST = {
+    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+    "load_best_model_at_end": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "eval_nothing", "eval_a_loss"])
 def test_a_metric_that_no_evaluation_gives_is_refused_before_the_run(make_trainer, metric):
-    settings = {
-        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
-        "load_best_model_at_end": True,
-    }  # fmt: skip
-    held_out = {"eval_dataset": make_rows(8)}
     with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}'"):
-        make_trainer(trainer=held_out, metric_for_best_model=metric, **settings)
-    make_trainer(trainer=held_out, metric_for_best_model="eval_loss", bias_term="value", **settings).train()
+        make_trainer(trainer={"eval_dataset": make_rows(8)}, metric_for_best_model=metric, **BEST)
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "mean_token_accuracy"])
+def test_a_metric_of_the_evaluation_picks_the_best_checkpoint(make_trainer, metric):
+    held_out = {"eval_dataset": make_rows(8)}
+    trainer = make_trainer(trainer=held_out, metric_for_best_model=metric, bias_term="value", **BEST)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint
+
+
+def test_each_of_several_held_out_sets_gives_metrics_of_its_name(make_trainer):
+    held_out = {"eval_dataset": {"a": make_rows(8), "b": make_rows(8)}}
+    trainer = make_trainer(trainer=held_out, metric_for_best_model="a_loss", bias_term="value", **BEST)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint
+
+
+SCHEDULES = {
+    "a setting that is not there": {"lr_scheduler_kwargs": {"no_such": 1}},
+    "a word for a number": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": "low"}},
+    "a word after the warm-up": {
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": "low"}, "warmup_steps": 5,
+    },
+    "a setting that is missing": {"lr_scheduler_type": "cosine_with_min_lr"},
+    "a momentum above one": {"adam_beta1": 1.5},
+    "an epsilon below zero": {"adam_epsilon": -1.0},
+    "arguments that are no pairs": {"optim_args": "nonsense"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_settings_that_make_no_optimizer_or_schedule_are_refused_before_the_run(make_trainer, kind):
+    name = "lr_scheduler_type" if "lr_" in str(SCHEDULES[kind]) else "optim="
+    with pytest.raises(ValueError, match=name):
+        make_trainer(**SCHEDULES[kind])
+
+
+def test_rows_that_are_fewer_than_a_batch_which_is_dropped_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="2 rows of the train dataset: a batch is 4"):
+        make_trainer(rows=make_rows(2), dataloader_drop_last=True)
+    make_trainer(rows=make_rows(4), dataloader_drop_last=True)
