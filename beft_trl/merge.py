@@ -7,28 +7,42 @@ import hashlib
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
 
 from .importance import SCORES_FILE, BiasScores
 from .layout import build_skeleton, features, find_bias_sites
 from .placement import place
-from .weight_files import AdapterContent, CheckpointFiles, MergeError, read_adapter, refuse_outside, xxh3
+from .weight_files import (
+    AGAIN,
+    DAMAGE,
+    FLOATS,
+    AdapterContent,
+    CheckpointFiles,
+    MergeError,
+    first_line,
+    read_adapter,
+    read_json,
+    refuse_outside,
+    xxh3,
+)
 
 
-# The largest difference of a logit, relative to the largest logit, that rounding in the checkpoint's dtype explains.
+# The largest difference of a logit, relative to the largest logit, that rounding in a dtype explains.
 # In bf16 that is much: on SmolLM2 the same adapter differs by 3e-2 between bf16 and fp32.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 PROMPT = (
     "When the rain had stopped, she opened the window and wrote down what she still remembered of the long journey."
 )
@@ -44,14 +58,8 @@ OTHER_WEIGHT_FILES = (
     "*.onnx",
 )
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHT_FILES)
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-)
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+TEMPLATE_FILES = ("chat_template*",)
 
 
 @dataclass
@@ -108,63 +116,111 @@ def merge_adapter(
         OSError: where a file cannot be read or written.
     """
     adapter, output = Path(adapter), Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise MergeError(f"The output folder {output} is not empty: nothing was written. Give a new folder.")
+    _check_output(output)
     content = read_adapter(adapter)
     base_folder = _base_folder(base or content.base_model)
-    config = AutoConfig.from_pretrained(base_folder)
+    if Path(os.path.realpath(output)).is_relative_to(base_folder.resolve()):
+        raise MergeError(f"The output folder {output} is in the base, {base_folder}: give a folder outside of it.")
+    config = _read_config(base_folder)
     if getattr(config, "quantization_config", None):
         raise MergeError(
             f"{base_folder} holds quantised weights. A merge goes into the original full-precision weights: give the "
             "model that they were quantised from as base."
         )
+    skeleton = _skeleton(config, base_folder)
+    checkpoint = CheckpointFiles(base_folder, skeleton)
+    files = _files_to_copy(base_folder, adapter)
     report = MergeReport(str(output))
     if content.saved_whole:
+        if output_projection:
+            raise MergeError(
+                f"{adapter} holds modules that were trained whole ({min(content.saved_whole)} first), and those are "
+                "merged with the model's own biases. Merge without output_projection."
+            )
         with _whole_or_nothing(output) as partial:
-            _copy_files(base_folder, partial, adapter)
+            _copy_files(files, partial)
             _merge_task_model(content, adapter, base_folder, partial, report)
             _write_card(partial, adapter, base_folder, report)
         return report
-    skeleton = build_skeleton(config)
     sites = find_bias_sites(skeleton)
     _check_fit(content.deltas, skeleton, adapter)
-    _check_tokenizer(adapter, skeleton)
-    checkpoint = CheckpointFiles(base_folder, skeleton)
     plan = place(content.deltas, config, skeleton, sites, checkpoint, output_projection)
 
     report.rule = plan.rule
     with _whole_or_nothing(output) as partial:
-        written = checkpoint.copy_with(plan.add, plan.create, partial, link)
-        report.changed, report.added, report.base_hashes = written
-        _copy_files(base_folder, partial, adapter)
+        _copy_files(files, partial)
+        _check_tokenizer(partial, plan.config, _embedding_rows(skeleton, checkpoint), adapter)
+        loaded_in = config.dtype if isinstance(config.dtype, torch.dtype) else None
+        written = checkpoint.copy_with(plan.add, plan.create, partial, link, loaded_in)
+        report.changed, report.added, report.base_hashes, dtypes = written
         if verify:
-            dtypes = {checkpoint.dtype(path) for path in (*plan.add, *plan.create)}
-            _verify(adapter, base_folder, partial, plan.config, report, dtypes)
+            _verify(content, adapter, base_folder, config, partial, plan.config, report, dtypes)
         _write_card(partial, adapter, base_folder, report)
-        plan.config.save_pretrained(partial)
+        # Not save_pretrained, which refuses what older configurations say on generation.
+        plan.config.to_json_file(partial / CONFIG_NAME)
     return report
+
+
+def _check_output(output: Path) -> None:
+    """Refuses what is no new or empty folder."""
+    try:
+        if output.is_dir():
+            reason = "is not empty" if any(output.iterdir()) else ""
+        else:
+            reason = "is a file, or a link to nothing" if os.path.lexists(output) else ""
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+    if reason:
+        raise MergeError(f"The output folder {output} {reason}: nothing was written. Give a new folder.")
+
+
+def _cannot_write(output: Path, error: OSError) -> OSError:
+    return OSError(
+        f"The output folder {output} cannot be written ({error.strerror or error}): nothing was written. Give a "
+        "folder that you may write to, on a disk with free space."
+    )
 
 
 @contextlib.contextmanager
 def _whole_or_nothing(output: Path) -> Iterator[Path]:
-    """A folder that becomes `output` at the end. Hidden, beside it: whatever stops the merge leaves no checkpoint."""
-    _remove_leftovers(output)
-    partial = output.parent / f"{_partial_prefix(output)}{os.getpid()}"
+    """A folder that becomes `output` at the end. Hidden, next to it: whatever stops the merge leaves no checkpoint.
+
+    The lock next to it is released by the system when its process dies, however that happens.
+    """
+    target = Path(os.path.realpath(output))
+    created = [parent for parent in target.parents if not parent.exists()]
+    partial = target.parent / f"{_partial_prefix(target)}{uuid.uuid4().hex}"
+    lock = FileLock(f"{partial}.lock")
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(
-            f"The output folder {output} cannot be written ({error.strerror}): nothing was written. Give a folder "
-            "that you may write to, on a disk with free space."
-        ) from error
-    try:
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(target)
+            with contextlib.suppress(NotImplementedError):  # a file system without locks, where nothing is removed
+                lock.acquire()
+            partial.mkdir()
+        except OSError as error:
+            raise _cannot_write(output, error) from error
         yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
+        try:
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+        except OSError as error:
+            raise _cannot_write(output, error) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        _release(lock)
+        for parent in created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise
+    _release(lock)
+
+
+def _release(lock: FileLock) -> None:
+    lock.release()
+    with contextlib.suppress(OSError):
+        os.unlink(lock.lock_file)
 
 
 def _partial_prefix(output: Path) -> str:
@@ -172,26 +228,69 @@ def _partial_prefix(output: Path) -> str:
 
 
 def _remove_leftovers(output: Path) -> None:
-    """What merges into this output left that were killed on this machine."""
-    prefix = _partial_prefix(output)
-    for path in output.parent.glob(f"{glob.escape(prefix)}*") if output.parent.is_dir() else ():
-        process = path.name.removeprefix(prefix)
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
+    """What merges into this output left that were killed on this machine: their locks can be taken.
+
+    Not all network file systems tell other machines of a lock, so that the name has the machine's name in it.
+    """
+    for partial in output.parent.glob(f"{glob.escape(_partial_prefix(output))}*"):
+        if partial.is_dir() and os.path.lexists(f"{partial}.lock"):
+            lock = FileLock(f"{partial}.lock")
+            with contextlib.suppress(OSError, NotImplementedError):  # held, or not to be had
+                lock.acquire(timeout=0)
+                shutil.rmtree(partial, ignore_errors=True)
+                _release(lock)
 
 
 def _base_folder(base: str | Path | None) -> Path:
     if not base:
         raise MergeError("The adapter does not say what its base model was: give it as base.")
-    if Path(base).is_dir():
-        return Path(base)
-    try:
-        return Path(snapshot_download(str(base), ignore_patterns=list(OTHER_WEIGHT_FILES)))
-    except Exception as error:  # the hub's errors have no common ancestor
-        reason = str(error).splitlines()[0]
+    folder = Path(base)
+    if folder.is_file():
+        raise MergeError(f"The base {base} is a file: give the folder of a model, or its name on the hub.")
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(base), ignore_patterns=list(OTHER_WEIGHT_FILES)))
+        except Exception as error:  # the hub's errors have no common ancestor
+            raise MergeError(
+                f"The base model {base} is neither a folder nor a model of the hub that can be reached "
+                f"({first_line(error)}). Give its folder as base."
+            ) from error
+    if os.path.lexists(folder / ADAPTER_CONFIG_NAME):
         raise MergeError(
-            f"The base model {base} is neither a folder nor a model of the hub that can be reached ({reason}). Give "
-            "its folder as base."
+            f"The base {folder} holds an adapter itself, which Transformers would load instead of its weights. Give "
+            "the folder of the plain model, or merge that adapter first."
+        )
+    return folder
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a base or a task model."""
+    if not os.path.lexists(folder / CONFIG_NAME):
+        raise MergeError(f"{folder} has no {CONFIG_NAME}: give the folder of a Transformers model.")
+    names = read_json(folder / CONFIG_NAME, AGAIN).get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MergeError(f"{folder / CONFIG_NAME} is damaged: its architectures are {names!r}. {AGAIN}")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except DAMAGE as error:
+        raise MergeError(
+            f"{folder / CONFIG_NAME} is no configuration of a model that Transformers "
+            f"{transformers.__version__} knows ({first_line(error)}). {AGAIN}"
+        ) from error
+    if config.dtype is not None and config.dtype not in FLOATS.values():
+        raise MergeError(
+            f"{folder / CONFIG_NAME} says that the model is in {config.dtype}, which rounds biases away. Give the "
+            "base in 16 or 32 bits."
+        )
+    return config
+
+
+def _skeleton(config: PreTrainedConfig, folder: Path) -> Any:
+    try:
+        return build_skeleton(config)
+    except DAMAGE as error:
+        raise MergeError(
+            f"No model can be built from {folder / CONFIG_NAME} ({first_line(error)}): it is damaged. {AGAIN}"
         ) from error
 
 
@@ -211,69 +310,107 @@ def _check_fit(deltas: dict[str, Tensor], skeleton: nn.Module, adapter: Path) ->
             )
 
 
-def _copy_files(base: Path, partial: Path, adapter: Path) -> None:
-    """Everything of the base but weights and card, and the adapter's own tokenizer and template over it."""
-    skip = shutil.ignore_patterns(*WEIGHT_FILES, CONFIG_NAME, "README.md", ".*")
-    for path in base.rglob("*"):
-        if path.is_symlink():
+def _files_to_copy(base: Path, adapter: Path) -> dict[str, Path]:
+    """By their path in the output: all of the base but weights and card, and the adapter's own tokenizer over it."""
+    files = {}
+    skip = (*WEIGHT_FILES, CONFIG_NAME, "README.md", ".*")
+    for folder, folders, names in os.walk(base):
+        folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in skip)]
+        linked = [Path(folder, name) for name in folders if Path(folder, name).is_symlink()]
+        if linked:
+            raise MergeError(f"{linked[0]} is a link to a folder: it is not followed. Put the folder itself there.")
+        for path in (Path(folder, name) for name in names if not any(fnmatch(name, pattern) for pattern in skip)):
             refuse_outside(path, base)
-    shutil.copytree(base, partial, ignore=skip, dirs_exist_ok=True)
-    for pattern in TOKENIZER_FILES:
+            files[str(path.relative_to(base))] = path
+    for pattern in (*TOKENIZER_FILES, *TEMPLATE_FILES):
         for path in adapter.glob(pattern):
+            refuse_outside(path, adapter)
             if path.is_file():
-                refuse_outside(path, adapter)
-                shutil.copyfile(path, partial / path.name)
+                files[path.name] = path
+    return files
 
 
-def _check_tokenizer(adapter: Path, model: Any) -> None:
-    """Refuses the adapter's tokenizer if it has tokens that the merged model would have no embedding for."""
-    if not (adapter / "tokenizer_config.json").is_file():
+def _copy_files(files: dict[str, Path], partial: Path) -> None:
+    for name, source in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, partial / name)
+
+
+def _embedding_rows(skeleton: Any, checkpoint: CheckpointFiles) -> int:
+    """Rows of the base's embedding: those of its configuration, which its files must have, too."""
+    embedding = skeleton.get_input_embeddings()
+    path = next(path for path, module in skeleton.named_modules() if module is embedding)
+    if checkpoint.has(path, "weight"):
+        checkpoint.entry(path, "weight")
+    return len(embedding.weight)
+
+
+def _check_tokenizer(partial: Path, config: PreTrainedConfig, rows: int, adapter: Path) -> None:
+    """Refuses a tokenizer with tokens that the merged model has no embedding for, and one that does not load.
+
+    Args:
+        partial (`Path`): the merged model's folder, with its tokenizer's files and no weights.
+        config (`PreTrainedConfig`): of the merged model.
+        rows (`int`): of its embedding.
+        adapter (`Path`): the adapter's folder, whose tokenizer came over the base's.
+    """
+    if not any(path for pattern in TOKENIZER_FILES for path in partial.glob(pattern)):
         return
+    own = any(path.is_file() for pattern in TOKENIZER_FILES for path in adapter.glob(pattern))
     try:
-        vocabulary = AutoTokenizer.from_pretrained(adapter).get_vocab()
-    except Exception:  # whatever its class raises: a tokenizer that does not load is not compared
-        return
-    rows = model.get_input_embeddings().weight.shape[0]
+        vocabulary = AutoTokenizer.from_pretrained(partial, config=config, trust_remote_code=False).get_vocab()
+    except Exception as error:  # tokenizers raises nothing more special
+        settings = partial / "tokenizer_config.json"
+        if not own or (settings.is_file() and "auto_map" in read_json(settings, AGAIN)):
+            return  # the base's own, which a merge does not make worse, or one that needs code of its own
+        raise MergeError(
+            f"The tokenizer in {adapter} does not load ({first_line(error)}). Repair it, or remove its files: the "
+            "base has one."
+        ) from error
     beyond = sorted((index, token) for token, index in vocabulary.items() if index >= rows)
     if beyond:
         raise MergeError(
-            f"The tokenizer in {adapter} has {len(beyond)} tokens beyond the {rows} of the base ({beyond[0][1]!r} "
-            "first), which would have no embedding. Give the base that it was trained on, with its resized embedding."
+            f"The tokenizer in {adapter if own else 'the base'} has {len(beyond)} tokens ({beyond[0][1]!r} first) "
+            f"beyond the {rows} rows of the base's embedding. Give a base whose embedding was resized and trained for "
+            "them, or take them out of the tokenizer."
         )
 
 
 def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partial: Path, report: MergeReport) -> None:
     """Merges an adapter with a task's head, in memory: the encoders that have one are small."""
-    config = AutoConfig.from_pretrained(adapter if (adapter / CONFIG_NAME).is_file() else base)
-    architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    merged, loading = architecture.from_pretrained(
-        base, config=config, dtype=config.dtype or "auto", output_loading_info=True
-    )
-    before = {name: values.clone() for name, values in merged.state_dict().items() if name in content.saved_whole}
-    unknown = content.saved_whole.keys() - before.keys()
+    config = _read_config(adapter if os.path.lexists(adapter / CONFIG_NAME) else base)
+    merged, loading = _load(base, config, "AutoModel", dtype=config.dtype or "auto")
+    state = merged.state_dict()
+    unknown = content.saved_whole.keys() - state.keys()
     if unknown:
         raise MergeError(
             f"{adapter} holds {min(unknown)}, which {type(merged).__name__} does not have. Put the configuration of "
             f"the task model, which names its class, beside the adapter: model.config.save_pretrained('{adapter}')."
         )
+    for name, values in content.saved_whole.items():
+        if values.shape != state[name].shape:
+            raise MergeError(
+                f"{name} has the shape {tuple(values.shape)} in {adapter}, and {tuple(state[name].shape)} in "
+                f"{type(merged).__name__}. Give the configuration and the base that it was trained with."
+            )
+    before = {name: state[name].clone() for name in content.saved_whole}
     untrained = loading["missing_keys"] - content.saved_whole.keys()
     if untrained:
         raise MergeError(
             f"{min(untrained)} of {type(merged).__name__} is neither in {base} nor in {adapter}, so it would be "
             "random. Give the base that the adapter was trained on."
         )
+    _refuse_other_shapes(loading, base, merged)
     _check_fit(content.deltas, merged, adapter)
-    _check_tokenizer(adapter, merged)
+    _check_tokenizer(partial, config, len(merged.get_input_embeddings().weight), adapter)
     bias_free = [path for path in content.deltas if merged.get_submodule(path).bias is None]
     if bias_free:
         raise MergeError(
             f"{type(merged).__name__} has no bias where this adapter needs one ({bias_free[0]} first). Keep the "
             "adapter: PEFT applies it as it is."
         )
-    from .tuner import load_adapter  # and with it PEFT
-
     prompt = _prompt(partial, config)
-    expected = _logits(load_adapter(copy.deepcopy(merged), str(adapter)), prompt)
+    expected = _logits(_with_adapter(copy.deepcopy(merged), adapter, content), prompt, base)
     with torch.no_grad():
         for path, delta in content.deltas.items():
             merged.get_submodule(path).bias.add_(delta)
@@ -284,47 +421,143 @@ def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partia
     moved = {name for name, values in content.saved_whole.items() if not torch.equal(values, before[name])}
     report.changed = sorted({f"{path}.bias" for path in content.deltas} | moved - loading["missing_keys"])
     report.base_hashes = {file.name: xxh3(file) for file in sorted(base.glob("*.safetensors"))}
-    report.difference = _difference(_logits(architecture.from_pretrained(partial, dtype="auto"), prompt), expected)
-    _refuse_difference(report.difference, {parameter.dtype for parameter in merged.parameters()})
+    again, _ = _load(partial, _read_config(partial), "AutoModel")
+    report.difference = _difference(_logits(again, prompt, partial), expected, base)
+    _refuse_difference(report.difference, _dtypes(merged))
 
 
 def _verify(
+    content: AdapterContent,
     adapter: Path,
     base: Path,
+    original: PreTrainedConfig,
     partial: Path,
     config: PreTrainedConfig,
     report: MergeReport,
-    dtypes: set[torch.dtype],
+    written: set[torch.dtype],
 ) -> None:
-    architecture = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
-    merged, info = architecture.from_pretrained(partial, config=config, dtype="auto", output_loading_info=True)
-    wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    """Compares the logits of base plus adapter with those of the merged model. The base is looked at first.
+
+    Args:
+        content, adapter: the adapter, and its folder.
+        base, original: the base's folder and configuration.
+        partial, config: the merged model's folder and configuration.
+        report: is given the differences.
+        written: the dtypes of the changed and new tensors.
+    """
+    prompt = _prompt(partial, config)
+    plain, loading = _load(base, original)
+    _refuse_other_shapes(loading, base, plain)
+    if loading["missing_keys"]:
+        raise MergeError(
+            f"{base} does not load into {type(plain).__name__}: {min(loading['missing_keys'])} is missing. {AGAIN}"
+        )
+    expected = _logits(_with_adapter(plain, adapter, content), prompt, base)
+    del plain
+    merged, found = _load(partial, config)
+    unexpected = found["unexpected_keys"] - loading["unexpected_keys"]
+    wrong = found["missing_keys"] | found["mismatched_keys"] | unexpected
     if wrong:
         raise MergeError(
-            f"The merged checkpoint does not load into {type(merged).__name__}: {wrong[0]} is missing, unexpected or "
-            "of another shape. It was removed: keep the adapter, and report this model."
+            f"The merged checkpoint does not load into {type(merged).__name__}: {min(wrong)} is missing, unexpected "
+            "or of another shape, and the base loads. It was removed: keep the adapter, and report this model."
         )
-    prompt = _prompt(partial, config)
-    found = _logits(merged, prompt)
+    logits, dtypes = _logits(merged, prompt, partial), _dtypes(merged)
     del merged
+    report.difference = _difference(logits, expected, base)
+    # In files of mixed dtypes, a bias may be stored in a coarser one than the model is loaded in.
+    _refuse_difference(report.difference, dtypes | written)
+    scores = adapter / SCORES_FILE
+    if scores.is_file():
+        read_json(scores, "Take another checkpoint, or remove this file.")
+        quantization = BiasScores.from_json(scores).quantization
+        if quantization is not None:
+            report.quantized_difference = _quantized_difference(
+                quantization, content, adapter, base, original, prompt, logits
+            )
+
+
+def _quantized_difference(
+    quantization: Any,
+    content: AdapterContent,
+    adapter: Path,
+    base: Path,
+    config: PreTrainedConfig,
+    prompt: Tensor,
+    logits: Tensor,
+) -> float:
+    remedy = "Take another checkpoint, or merge without verifying."
+    bits = ("load_in_8bit", "load_in_4bit")
+    if not isinstance(quantization, dict) or not any(quantization.get(name) is True for name in bits):
+        raise MergeError(
+            f"{adapter / SCORES_FILE} says that the base was quantised by {quantization!r}, which is neither 8-bit "
+            f"nor 4-bit. {remedy}"
+        )
+    try:
+        settings = BitsAndBytesConfig(**quantization)
+    except DAMAGE as error:
+        raise MergeError(
+            f"{adapter / SCORES_FILE} says that the base was quantised by {quantization!r}, which bitsandbytes does "
+            f"not take ({first_line(error)}). {remedy}"
+        ) from error
+    quantized, _ = _load(base, config, quantization_config=settings)
+    return _difference(logits, _logits(_with_adapter(quantized, adapter, content), prompt, base), base)
+
+
+def _load(
+    folder: Path, config: PreTrainedConfig, default: str = "AutoModelForCausalLM", **kwargs: Any
+) -> tuple[Any, dict[str, set[str]]]:
+    """The model of a folder, and which of its tensors are missing, unexpected or of other shapes than it has."""
+    architecture: Any = getattr(transformers, (config.architectures or [default])[0], None)
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+        architecture = getattr(transformers, default)
+    kwargs = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True} | kwargs
+    try:
+        model, loading = architecture.from_pretrained(folder, config=config, **kwargs)
+        # Those of other shapes come with both shapes.
+        names = {each if isinstance(each, str) else each[0] for each in loading["mismatched_keys"]}
+        return model, {kind: set(found) for kind, found in loading.items()} | {"mismatched_keys": names}
+    except ImportError:
+        raise  # of a package that is not installed, with how to get it
+    except DAMAGE as error:
+        raise MergeError(
+            f"{folder} does not load as {architecture.__name__} ({first_line(error)}). Its files are damaged, or its "
+            f"{CONFIG_NAME} is of another model. {AGAIN}"
+        ) from error
+
+
+def _refuse_other_shapes(loading: dict[str, set[str]], base: Path, model: Any) -> None:
+    if loading["mismatched_keys"]:
+        raise MergeError(
+            f"{base} does not load into {type(model).__name__}: {min(loading['mismatched_keys'])} is of "
+            f"another shape than {CONFIG_NAME} says. {AGAIN}"
+        )
+
+
+def _with_adapter(model: Any, adapter: Path, content: AdapterContent) -> Any:
+    """The model with the adapter as PEFT applies it."""
     from .tuner import load_adapter  # and with it PEFT, which a merge alone does without
 
-    original = AutoConfig.from_pretrained(base)
-    whole = getattr(transformers, (original.architectures or ["AutoModelForCausalLM"])[0])
-    expected = _logits(load_adapter(whole.from_pretrained(base, dtype="auto"), str(adapter)), prompt)
-    report.difference = _difference(found, expected)
-    # In files of mixed dtypes the biases round as their own layers do.
-    _refuse_difference(report.difference, dtypes)
-    scores = adapter / SCORES_FILE
-    quantization = BiasScores.from_json(scores).quantization if scores.is_file() else None
-    if quantization is not None:
-        quantized = whole.from_pretrained(base, quantization_config=BitsAndBytesConfig(**quantization))
-        report.quantized_difference = _difference(found, _logits(load_adapter(quantized, str(adapter)), prompt))
+    try:
+        adapted = load_adapter(model, str(adapter))
+    except DAMAGE as error:
+        raise MergeError(
+            f"PEFT cannot load the adapter in {adapter} onto {type(model).__name__} ({first_line(error)}): its "
+            f"{ADAPTER_CONFIG_NAME} does not fit the model or its tensors. Take another checkpoint."
+        ) from error
+    whole: Any = adapted.get_base_model()
+    passed_over = [path for path in content.deltas if not hasattr(whole.get_submodule(path), "beft_bias")]
+    if passed_over:
+        raise MergeError(
+            f"{adapter} has a delta for {passed_over[0]}, which the target_modules of its {ADAPTER_CONFIG_NAME} leave "
+            "out: PEFT would not apply it. Take another checkpoint."
+        )
+    return adapted
 
 
 def _refuse_difference(difference: float, dtypes: set[torch.dtype]) -> None:
-    dtype = max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 0.0))
-    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+    dtype = max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 1.0))
+    tolerance = TOLERANCE.get(dtype, max(TOLERANCE.values()))
     if not difference <= tolerance:
         raise MergeError(
             f"The merged model's logits differ from those of base plus adapter by {difference:.1e} of the largest, "
@@ -333,23 +566,41 @@ def _refuse_difference(difference: float, dtypes: set[torch.dtype]) -> None:
         )
 
 
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+
+
 def _prompt(folder: Path, config: PreTrainedConfig) -> Tensor:
     """A sentence: on tokens in no order, the rounding of a 16-bit model grows to the size of its logits."""
+    text_config = config.get_text_config()
+    length = min(32, getattr(text_config, "max_position_embeddings", None) or 32)
     with contextlib.suppress(Exception):  # a folder without a tokenizer, of whatever kind it is
-        tokens = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt").input_ids
+        tokens = AutoTokenizer.from_pretrained(folder, config=config)(PROMPT, return_tensors="pt").input_ids
         if len(tokens.unique()) > 8:
-            return tokens
-    return torch.arange(2, 34).remainder(config.get_text_config().vocab_size)[None]
+            return tokens[:, :length]
+    return torch.arange(2, 2 + length).remainder(text_config.vocab_size)[None]
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, prompt: Tensor) -> Tensor:
+def _logits(model: nn.Module, prompt: Tensor, folder: Path) -> Tensor:
     """The model's first output: logits, of tokens or classes, or the starts of answers."""
-    return model.eval()(input_ids=prompt.to(next(model.parameters()).device))[0].float().cpu()
+    try:
+        return model.eval()(input_ids=prompt.to(next(model.parameters()).device))[0].float().cpu()
+    except DAMAGE as error:
+        raise MergeError(
+            f"The model in {folder} does not run on this machine ({first_line(error)}), so that the merge cannot be "
+            "verified. Look at its files, or merge without verifying."
+        ) from error
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+def _difference(found: Tensor, expected: Tensor, base: Path) -> float:
+    if not expected.isfinite().all():
+        raise MergeError(
+            f"The logits of {base} with the adapter are not finite: the base is damaged, or its dtype does not hold "
+            f"them. {AGAIN}"
+        )
+    largest = expected.abs().max().item()
+    return (found - expected).abs().max().item() / (largest or 1.0)
 
 
 def _write_card(partial: Path, adapter: Path, base: Path, report: MergeReport) -> None:

@@ -1,6 +1,7 @@
 """Where the biases of an adapter go in a plain checkpoint: own biases, ones that a switch creates, the output's."""
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from .weight_files import CheckpointFiles, MergeError
 
 # Config fields that give the projections of an architecture their biases.
 SWITCHES = ("attention_bias", "qkv_bias", "use_qkv_bias", "add_qkv_bias", "bias", "use_bias")
+# Parts of an attention layer that do not touch its values: those of queries and keys, positions, dropout.
+_NOT_OF_VALUES = re.compile(r"(q|k|kv|query|key)_|.*(rotary|rope|dropout)")
 
 
 @dataclass
@@ -115,16 +118,20 @@ def _fold(
     Source: https://arxiv.org/abs/2302.08626, section 3; with grouped queries each value head stands for its group.
     """
     rows = {site.module: site.rows for site in sites if site.term == "value"}
+    every_row: dict[str, set[int]] = {}
+    for site in sites:
+        every_row.setdefault(site.module, set()).update(site.rows.tolist())
     folded = {}
     for path, delta in deltas.items():
-        attention: Any = skeleton.get_submodule(path.rpartition(".")[0])
+        parent = path.rpartition(".")[0]
+        attention: Any = skeleton.get_submodule(parent)
         found = output_projection(attention)
-        if path not in rows or found is None or hasattr(attention, "sinks"):
+        if path not in rows or found is None or not _is_plain(attention, parent, found[0], every_row):
             return None
         value = delta[rows[path]]
         if delta.count_nonzero() != value.count_nonzero():
             return None  # the adapter trains another term, too
-        name = f"{path.rpartition('.')[0]}.{found[0]}"
+        name = f"{parent}.{found[0]}"
         size = features(found[1])[0]
         head = getattr(attention, "v_head_dim", None) or getattr(attention, "head_dim", None)
         if size != len(value):
@@ -135,3 +142,20 @@ def _fold(
         # Of a square matrix the shape does not tell that a Conv1D is stored transposed.
         folded[name] = value @ weight if isinstance(found[1], Conv1D) else weight @ value
     return folded
+
+
+def _is_plain(attention: nn.Module, path: str, output: str, every_row: dict[str, set[int]]) -> bool:
+    """Whether the output projection sees the values times probabilities that sum to one, and nothing else.
+
+    Not so with sinks, with a gate or a norm before the output projection, or with a norm of the values. A gate can
+    also be in rows of the query projection that are no query's.
+    """
+    if next(attention.parameters(recurse=False), None) is not None:
+        return False
+    for name, child in attention.named_children():
+        rows = every_row.get(f"{path}.{name}")
+        if rows is not None and len(rows) != features(child)[1]:
+            return False
+        if rows is None and name != output and not _NOT_OF_VALUES.match(name):
+            return False
+    return True

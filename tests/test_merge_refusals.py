@@ -1,169 +1,340 @@
-"""What a merge refuses: damaged files, files outside their folder, tokens without embedding; what it cleans up."""
+"""What a merge refuses: damaged and hostile bases, indexes, adapters and outputs, each with one error and no trace."""
 
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
 
 import pytest
 import torch
 from architectures import build
 from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_merge import TOKENS, of_term, saved
+from test_merge import of_term, saved
 
 from beft_trl import MergeError, merge_adapter
 
 
-@pytest.fixture
-def folders(tmp_path):
-    """Base and adapter of a Llama, the base with an index of its one shard."""
+SINGLE, INDEX = "base/model.safetensors", "base/model.safetensors.index.json"
+WEIGHTS, CONFIG = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
+VALUE, BIAS = "model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.v_proj.bias"
+DELTA = "base_model.model.model.layers.0.self_attn.v_proj.beft_bias"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder with a base of one file, one of shards, one with biases, and an adapter of the first two."""
+    folder = tmp_path_factory.mktemp("good")
     model = build("llama")
-    saved(model, tmp_path, of_term(model))
-    base = tmp_path / "base"
-    tensors = load_file(base / "model.safetensors")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    return tmp_path
+    model.config.vocab_size = 64
+    model.resize_token_embeddings(64)
+    saved(model, folder, of_term(model))
+    make_tokenizer().save_pretrained(folder / "base")
+    shutil.copytree(folder / "base", folder / "sharded")
+    (folder / "sharded" / "model.safetensors").unlink()
+    plain = type(model).from_pretrained(folder / "base")
+    plain.save_pretrained(folder / "sharded", max_shard_size="20KB")
+    (folder / "secret").write_text("secret")
+    return folder
 
 
-def change_index(folders, change):
-    file = folders / "base" / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    change(index)
-    file.write_text(json.dumps(index))
+def content(folder):
+    """Every file and link of a folder, and what is in it."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
 
 
-def outside(name):
-    def change(index):
-        index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+def write(path, text):
+    def change(folder):
+        (folder / path).unlink(missing_ok=True)
+        (folder / path).write_bytes(text if isinstance(text, bytes) else text.encode())
 
     return change
 
 
-INDEXES = {
-    "a parent folder": outside("../secret.safetensors"),
-    "an absolute path": outside("/etc/passwd"),
-    "a folder within": outside("sub/model.safetensors"),
-    "a Windows path": outside("..\\secret.safetensors"),
-    "no map": lambda index: index.pop("weight_map"),
-    "a list": lambda index: index.update(weight_map=[1]),
-    "numbers": lambda index: index.update(weight_map={"a": 1}),
-    "an empty map": lambda index: index.update(weight_map={}),
-    "a tensor that is not there": lambda index: index["weight_map"].update(other="model.safetensors"),
-    "a file that is not there": lambda index: index["weight_map"].update(other="other.safetensors"),
-}
+def cut(path, size):
+    return lambda folder: os.truncate(folder / path, size)
 
 
-@pytest.mark.parametrize("kind", INDEXES)
-def test_an_index_that_is_damaged_or_leads_elsewhere_is_refused(folders, kind):
-    secret = folders / "secret.safetensors"
-    save_file({"secret": torch.ones(1)}, secret)
-    before = secret.read_bytes()
-    change_index(folders, INDEXES[kind])
-    with pytest.raises(MergeError):
-        merge_adapter(folders / "adapter", folders / "merged", verify=False)
-    assert secret.read_bytes() == before
-    assert sorted(path.name for path in folders.iterdir()) == ["adapter", "base", "secret.safetensors"]
+def remove(path):
+    return lambda folder: (folder / path).unlink()
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\xff" * 64, b"[" * 100])
-@pytest.mark.parametrize(
-    "file", ["base/model.safetensors", "adapter/adapter_model.safetensors", "base/model.safetensors.index.json"]
-)
-def test_a_damaged_file_is_named(folders, file, content):
-    (folders / file).write_bytes(content)
-    with pytest.raises(MergeError, match=re.escape(file.split("/")[0])):
-        merge_adapter(folders / "adapter", folders / "merged", verify=False)
-    assert not (folders / "merged").exists()
+def make_folder(path):
+    def change(folder):
+        if (folder / path).exists():
+            (folder / path).unlink()
+        (folder / path).mkdir()
+
+    return change
 
 
-@pytest.mark.parametrize(
-    "link", ["base/notes.txt", "base/folder", "adapter/tokenizer.json", "adapter/adapter_config.json"]
-)
-def test_a_link_out_of_the_folder_is_not_followed(folders, link):
-    secret = folders / "secret"
-    secret.mkdir()
-    (secret / "password").write_text("secret")
-    (folders / link).unlink(missing_ok=True)
-    (folders / link).symlink_to(secret if link.endswith("folder") else secret / "password")
-    with pytest.raises(MergeError, match="leads out of its folder"):
-        merge_adapter(folders / "adapter", folders / "merged", verify=False)
-    assert not (folders / "merged").exists()
+def link(path, target):
+    def change(folder):
+        (folder / path).unlink(missing_ok=True)
+        (folder / path).symlink_to(target)
+
+    return change
 
 
-def test_the_links_of_a_hub_cache_are_followed(folders):
-    blobs, snapshot = folders / "models--a--b" / "blobs", folders / "models--a--b" / "snapshots" / "1234"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted((folders / "base").iterdir())):
-        file.rename(blobs / str(number))
-        (snapshot / file.name).symlink_to(blobs / str(number))
-    report = merge_adapter(folders / "adapter", folders / "merged", snapshot)
-    assert report.difference < 1e-5
+def move_and_link(path, target):
+    """The file itself outside, and a link to it in its place."""
+
+    def change(folder):
+        (folder / path).rename(folder / "outside")
+        (folder / path).symlink_to(target)
+
+    return change
 
 
-@pytest.mark.parametrize("verify", [False, True])
-def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused(folders, verify):
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([f"new{number}" for number in range(200)])
-    tokenizer.save_pretrained(folders / "adapter")
-    with pytest.raises(MergeError, match="tokens beyond"):
-        merge_adapter(folders / "adapter", folders / "merged", verify=verify)
-    assert not (folders / "merged").exists()
+def edit(path, **values):
+    """Keys of a JSON file; None takes a key out."""
+
+    def change(folder):
+        record = json.loads((folder / path).read_text()) | values
+        record = {key: value for key, value in record.items() if value is not None}
+        (folder / path).write_text(json.dumps(record))
+
+    return change
 
 
-def test_an_output_bias_of_a_square_conv1d_is_that_of_the_stored_transpose(tmp_path):
-    """Without the comparison of logits, whose work this one does."""
-    model = build("gpt2")
-    adapted = saved(model, tmp_path, of_term(model))
-    merge_adapter(tmp_path / "adapter", tmp_path / "merged", output_projection=True, verify=False)
-    merged = type(model).from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
-    with torch.no_grad():
-        expected, found = adapted(input_ids=TOKENS).logits, merged(input_ids=TOKENS).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+def tensors(path, **values):
+    """Tensors of a file, by a name of this module; None takes one out, and a function changes one."""
+
+    def change(folder):
+        found = load_file(folder / path)
+        for key, value in values.items():
+            name = globals().get(key, key)
+            found[name] = value(found[name]) if callable(value) else value
+        save_file({key: value.contiguous() for key, value in found.items() if value is not None}, folder / path)
+
+    return change
 
 
-def test_a_base_of_mixed_dtypes_merges(folders):
-    tensors = load_file(folders / "base" / "model.safetensors")
-    mixed = {name: values.float() if "norm" in name else values.bfloat16() for name, values in tensors.items()}
-    save_file(mixed, folders / "base" / "model.safetensors", metadata={"format": "pt"})
-    report = merge_adapter(folders / "adapter", folders / "merged")
-    assert report.difference < 0.1
-    merged = {}
-    for shard in (folders / "merged").glob("*.safetensors"):
-        merged |= load_file(shard)
-    assert all(
-        torch.equal(merged[name], values) and merged[name].dtype == values.dtype for name, values in mixed.items()
-    )
+def sharded(*, values=None, **where):
+    """The base in shards, with an index that says of the value projection's weight that it is elsewhere."""
+
+    def change(folder):
+        shutil.rmtree(folder / "base")
+        shutil.copytree(folder / "sharded", folder / "base")
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"] |= where.get("weight_map", {})
+        index.update({} if values is None else values)
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return change
 
 
-def test_what_a_killed_merge_left_is_cleaned_by_the_next_one(folders):
-    program = (
-        "import sys, time, beft_trl.merge as merge\n"
-        "merge.CheckpointFiles.copy_with = lambda *call: (print('copying', flush=True), time.sleep(600))\n"
-        "merge.merge_adapter(sys.argv[1], sys.argv[2], verify=False)\n"
-    )
-    command = [sys.executable, "-c", program, folders / "adapter", folders / "merged"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "copying\n"
-    left = list(folders.glob(".merged.partial-*"))
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 5
-    assert len(left) == 1 and left[0].exists() and time.monotonic() < deadline
-    merge_adapter(folders / "adapter", folders / "merged", verify=False)
-    assert not list(folders.glob(".merged.partial-*"))
+def both(*changes):
+    def change(folder):
+        for each in changes:
+            each(folder)
+
+    return change
 
 
-def test_a_base_of_other_sizes_than_its_config_is_refused_without_verification(folders):
-    tensors = load_file(folders / "base" / "model.safetensors")
-    for name, values in tensors.items():
-        if name.endswith("v_proj.weight"):
-            tensors[name] = torch.ones(3, values.shape[1])
-    save_file(tensors, folders / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MergeError, match="v_proj"):
-        merge_adapter(folders / "adapter", folders / "merged", verify=False)
+def file_of(folder):
+    return json.loads((folder / INDEX).read_text())["weight_map"]
+
+
+def twice(folder):
+    """The value projection's weight in two shards."""
+    sharded()(folder)
+    other = next(file for name, file in file_of(folder).items() if file != file_of(folder)[VALUE])
+    tensors(f"base/{other}", VALUE=torch.zeros(16, 32))(folder)
+
+
+def without(folder):
+    """A shard that lacks what the index says it has."""
+    sharded()(folder)
+    tensors(f"base/{file_of(folder)[VALUE]}", VALUE=None)(folder)
+
+
+GARBAGE = bytes(range(256)) * 4
+HEADER = (50).to_bytes(8, "little") + b'{"a": {"dtype": "F9", "shape": [1], "data_offsets"'
+DEEP = "[" * 100_000
+SCORES = "adapter/beft_scores.json"
+# By name: what happens to the folder, what the error must name, and other arguments of the merge.
+REFUSED = {
+    # The base's weights.
+    "weights empty": (write(SINGLE, ""), "model.safetensors cannot be read"),
+    "weights garbage": (write(SINGLE, GARBAGE), "model.safetensors cannot be read"),
+    "weights cut in the header": (cut(SINGLE, 100), "model.safetensors cannot be read"),
+    "weights cut in the data": (cut(SINGLE, 20_000), "model.safetensors cannot be read"),
+    "weights with a bad header": (write(SINGLE, HEADER), "model.safetensors cannot be read"),
+    "weights a Git LFS pointer": (write(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), "cannot be read"),
+    "weights a folder": (make_folder(SINGLE), "model.safetensors cannot be read"),
+    "weights missing": (remove(SINGLE), "has no model.safetensors and no index"),
+    "weights without a tensor": (tensors(SINGLE, VALUE=None), f"no tensor {VALUE}"),
+    "weights narrower than the config": (tensors(SINGLE, VALUE=lambda values: values[:8]), f"{VALUE} .* shape"),
+    "weights of a scalar": (tensors(SINGLE, VALUE=torch.ones(())), f"{VALUE} .* shape"),
+    "weights of integers": (tensors(SINGLE, VALUE=lambda values: values.int()), f"{VALUE} .* I32"),
+    "weights in 8 bits": (tensors(SINGLE, VALUE=lambda values: values.to(torch.float8_e4m3fn)), f"{VALUE} .* F8"),
+    "weights with a bias too many": (tensors(SINGLE, BIAS=torch.zeros(16)), f"has a {BIAS}"),
+    "weights not finite": (tensors(SINGLE, VALUE=lambda values: values * float("nan")), "base .* not finite"),
+    "weights without a norm": (tensors(SINGLE, **{"model.norm.weight": None}), "base .* model.norm.weight is missing"),
+    "weights with another norm": (tensors(SINGLE, **{"model.norm.weight": torch.ones(7)}), "model.norm.weight.*shape"),
+    "weights with other rows": (
+        tensors(SINGLE, **{"model.embed_tokens.weight": lambda values: values[:50]}),
+        "embed_tokens.weight .* shape",
+    ),
+    # The base's index.
+    "index empty": (both(sharded(), write(INDEX, "")), "index.json cannot be read"),
+    "index garbage": (both(sharded(), write(INDEX, GARBAGE)), "index.json cannot be read"),
+    "index cut": (both(sharded(), cut(INDEX, 30)), "index.json cannot be read"),
+    "index deep": (both(sharded(), write(INDEX, DEEP)), "index.json cannot be read"),
+    "index a list": (both(sharded(), write(INDEX, "[]")), "index.json holds a list"),
+    "index a number": (both(sharded(), write(INDEX, "7")), "index.json holds a int"),
+    "index a folder": (both(sharded(), make_folder(INDEX)), "index.json cannot be read"),
+    "index without a map": (sharded(values={"weight_map": None}), "has no weight_map"),
+    "index with a list as map": (sharded(values={"weight_map": [VALUE]}), "has no weight_map"),
+    "index with an empty map": (sharded(values={"weight_map": {}}), "has no weight_map"),
+    **{
+        f"index names {name!r}": (sharded(weight_map={VALUE: name}), f"{VALUE} is in .*, which is no name")
+        for name in (
+            "../secret", "../secret.safetensors", "/etc/passwd", "/tmp/a.safetensors", "sub/a.safetensors",
+            "..\\a.safetensors", "C:a.safetensors", "", ".", "..", "a\0.safetensors", "config.json", 7, None, ["a"],
+        )
+    },
+    "index names a missing shard": (sharded(weight_map={VALUE: "a.safetensors"}), "lacks a.safetensors"),
+    "index names a missing tensor": (sharded(weight_map={"nothing.weight": "model-00001-of-00005.safetensors"}),
+        "no tensor nothing.weight"),
+    "index of a shard that lacks a tensor": (without, f"no tensor {VALUE}"),
+    "index of a tensor in two shards": (twice, f"{VALUE} is in .*, too"),
+    # The base's configuration.
+    "config missing": (remove("base/config.json"), "has no config.json"),
+    "config empty": (write("base/config.json", ""), "config.json cannot be read"),
+    "config garbage": (write("base/config.json", GARBAGE), "config.json cannot be read"),
+    "config a list": (write("base/config.json", "[]"), "config.json holds a list"),
+    "config deep": (write("base/config.json", DEEP), "config.json cannot be read"),
+    "config a folder": (make_folder("base/config.json"), "config.json cannot be read"),
+    **{
+        f"config with {values}": (edit("base/config.json", **values), named)
+        for values, named in (
+            ({"model_type": None}, "config.json"),
+            ({"model_type": "llama17"}, "config.json"),
+            ({"model_type": 7}, "config.json"),
+            ({"model_type": "x", "auto_map": {"AutoConfig": "a.B"}}, "config.json"),
+            ({"hidden_size": 0}, "config.json"),
+            ({"hidden_size": "wide"}, "config.json"),
+            ({"num_attention_heads": 0}, "config.json"),
+            ({"hidden_act": "bogus"}, "config.json"),
+            ({"rope_parameters": "fast"}, "config.json"),
+            ({"intermediate_size": -3}, "config.json"),
+            ({"dtype": "bogus"}, "config.json"),
+            ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+            ({"dtype": "int8"}, "int8"),
+            ({"architectures": "Llama"}, "architectures"),
+            ({"architectures": [7]}, "architectures"),
+            ({"num_hidden_layers": 3}, "model.layers.2.* no tensor|no tensor model.layers.2"),
+            ({"num_key_value_heads": 1}, "shape|do not match"),
+            ({"hidden_size": 64}, "shape"),
+            ({"vocab_size": 300}, "embed_tokens.weight .* shape"),
+            ({"intermediate_size": 99}, "base .* another shape"),
+        )
+    },
+    # The adapter.
+    "adapter a file": (None, "no folder .*secret", {"adapter": "secret"}),
+    "adapter missing": (None, "no folder .*nothing", {"adapter": "nothing"}),
+    "adapter without a config": (remove(CONFIG), "holds no adapter_config.json"),
+    "adapter config empty": (write(CONFIG, ""), "adapter_config.json cannot be read"),
+    "adapter config binary": (write(CONFIG, GARBAGE), "adapter_config.json cannot be read"),
+    "adapter config a list": (write(CONFIG, "[]"), "adapter_config.json holds a list"),
+    "adapter config deep": (write(CONFIG, DEEP), "adapter_config.json cannot be read"),
+    "adapter config a folder": (make_folder(CONFIG), "adapter_config.json cannot be read"),
+    **{
+        f"adapter config with {values}": (edit(CONFIG, **values), named)
+        for values, named in (
+            ({"peft_type": None}, "its type is None"),
+            ({"peft_type": ["BEFT"]}, "is no BEFT adapter"),
+            ({"peft_type": "LORA"}, "its type is LORA"),
+            ({"base_model_name_or_path": None}, "does not say what its base model was"),
+            ({"base_model_name_or_path": 7}, "base_model_name_or_path is 7"),
+            ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is"),
+            ({"base_model_name_or_path": "nobody/nothing"}, "nobody/nothing"),
+            ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+            ({"modules_to_save": [1]}, "modules_to_save is"),
+            ({"modules_to_save": {"a": 1}}, "modules_to_save is"),
+            ({"target_modules": ["c_attn"]}, "PEFT cannot load the adapter"),
+            ({"target_modules": 7}, "PEFT cannot load the adapter"),
+            ({"target_modules": ["model.layers.1.self_attn.v_proj"]}, "layers.0.self_attn.v_proj.* target_modules"),
+        )
+    },
+    "adapter weights missing": (remove(WEIGHTS), "adapter_model.safetensors cannot be read"),
+    "adapter weights empty": (write(WEIGHTS, ""), "adapter_model.safetensors cannot be read"),
+    "adapter weights garbage": (write(WEIGHTS, GARBAGE), "adapter_model.safetensors cannot be read"),
+    "adapter weights cut": (cut(WEIGHTS, 300), "adapter_model.safetensors cannot be read"),
+    "adapter weights a folder": (make_folder(WEIGHTS), "adapter_model.safetensors cannot be read"),
+    "adapter with a LoRA tensor": (tensors(WEIGHTS, lora_A=torch.ones(2, 2)), "lora_A"),
+    "adapter without tensors": (lambda folder: save_file({}, folder / WEIGHTS), "no delta"),
+    **{
+        f"delta {name}": (tensors(WEIGHTS, DELTA=change), "layers.0.self_attn.v_proj")
+        for name, change in (
+            ("a scalar", torch.ones(())),
+            ("of one dimension", lambda values: values[0]),
+            ("in two rows", lambda values: values.view(2, -1)),
+            ("of three dimensions", lambda values: values[None]),
+            ("without elements", lambda values: values[:, :0]),
+            ("too wide", lambda values: values.repeat(1, 2)),
+            ("of integers", lambda values: values.int()),
+            ("in 8 bits", lambda values: values.to(torch.float8_e4m3fn)),
+            ("of complex numbers", lambda values: values.to(torch.complex64)),
+            ("of booleans", lambda values: values.bool()),
+            ("not finite", lambda values: values / 0),
+        )
+    },
+    "delta of a norm": (
+        tensors(WEIGHTS, **{DELTA.replace("self_attn.v_proj", "input_layernorm"): torch.ones(1, 32)}),
+        "input_layernorm",
+    ),
+    "scores a list": (write(SCORES, "[]"), "beft_scores.json"),
+    # What does not stay in its folder.
+    "base config linked away": (move_and_link("base/config.json", "../outside"), "config.json leads out"),
+    "base weights linked away": (move_and_link(SINGLE, "../outside"), "model.safetensors leads out"),
+    "base file linked to a secret": (link("base/notes.txt", "../secret"), "notes.txt leads out"),
+    "base file linked to nothing": (link("base/notes.txt", "nothing"), "notes.txt is a link to nothing"),
+    "base file linked to itself": (link("base/notes.txt", "notes.txt"), "notes.txt is a link to notes.txt"),
+    "base folder linked": (link("base/up", ".."), "up is a link to a folder"),
+    "index linked away": (both(sharded(), move_and_link(INDEX, "../outside")), "index.json leads out"),
+    "adapter config linked away": (move_and_link(CONFIG, "../outside"), "adapter_config.json leads out"),
+    "adapter weights linked away": (move_and_link(WEIGHTS, "../outside"), "adapter_model.safetensors leads out"),
+    "adapter tokenizer linked to a secret": (link("adapter/tokenizer.json", "../secret"), "tokenizer.json leads out"),
+    "adapter tokenizer linked to /etc/passwd": (link("adapter/vocab.txt", "/etc/passwd"), "vocab.txt leads out"),
+    "adapter template linked to a secret": (link("adapter/chat_template.jinja", "../secret"), "jinja leads out"),
+    # Folders that are not what they must be.
+    "base a file": (None, "secret is a file", {"base": "secret"}),
+    "base missing": (None, "a/b/c is neither", {"base": "a/b/c"}),
+    "base the adapter": (None, "holds an adapter", {"base": "adapter"}),
+    "output a file": (None, "secret is a file", {"output": "secret"}),
+    "output below a file": (None, "secret/merged cannot be written", {"output": "secret/merged"}),
+    "output a link to nothing": (link("merged", "nothing"), "a link to nothing: nothing was", {"output": "merged"}),
+    "output the base": (None, "base is not empty", {"output": "base"}),
+    "output the adapter": (None, "adapter is not empty", {"output": "adapter"}),
+    "output in the base": (None, "is in the base", {"output": "base/merged"}),
+    "output deep in the base": (None, "is in the base", {"output": "base/a/b"}),
+    "output in the base, by a way around": (None, "is in the base", {"output": "adapter/../base/merged"}),
+    "output with a long name": (None, "x cannot be written .*long", {"output": "x" * 300}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_merged_is_one_error_and_leaves_every_file_as_it_was(name, good, tmp_path, monkeypatch):
+    change, named, *arguments = REFUSED[name]
+    folder = tmp_path / "work"
+    shutil.copytree(good, folder)
+    edit(CONFIG, base_model_name_or_path="base")(folder)
+    if change is not None:
+        change(folder)
+    monkeypatch.chdir(folder)
+    before = content(folder)
+    with pytest.raises((MergeError, OSError), match=f"(?s){named}") as raised:
+        merge_adapter(**({"adapter": "adapter", "output": "new/merged"} | dict(*arguments)))
+    assert raised.type in (MergeError, OSError)
+    assert "report this model" not in str(raised.value)
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("base", ["base", "sharded"])
+def test_what_is_refused_damaged_is_merged_whole(base, good, tmp_path):
+    assert merge_adapter(good / "adapter", tmp_path / "new" / "merged", good / base).difference < 1e-5
