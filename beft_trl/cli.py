@@ -1,5 +1,6 @@
 """The `beft` command, thin: what it does is done elsewhere."""
 
+import io
 import json
 import subprocess
 import sys
@@ -203,7 +204,7 @@ def _numbers(text: str | None) -> list[int | None]:
 
 
 def _tell(report: "MergeReport") -> None:
-    say = Console(highlight=False).print
+    say = Console(highlight=False, markup=False).print
     say(f"Wrote {report.output}: {len(report.changed)} tensors changed, {len(report.added)} added. {report.rule}")
     if report.quantized_difference is not None:
         say(
@@ -218,6 +219,12 @@ def _tell(report: "MergeReport") -> None:
 
 def main() -> None:
     """The entry point: errors are one paragraph on stderr, unless `--debug` asks for the traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # rows and paths have letters that a terminal may not have
+    # TRL (1.16) and PEFT (0.21) use the names that Transformers (5.23) renames. This goes when they use the new ones.
+    renamed = "`(is_)?gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     try:
         # Not standalone, where Ctrl-C would end in 1.
         sys.exit(app(standalone_mode=False) or 0)

@@ -54,9 +54,17 @@ def _refuse_unreadable(path: Path, kind: str) -> None:
         with path.open(encoding="utf-8-sig", newline="" if kind == "csv" else None) as stream:
             for line, reason in _csv_faults(stream) if kind == "csv" else _json_faults(stream):
                 raise ValueError(f"{path}, line {line}: {reason}")
+    except UnicodeDecodeError:
+        _refuse_bytes(path, path.read_bytes())
+
+
+def _refuse_bytes(path: Path, content: bytes) -> None:
+    if content.startswith(b"\x1f\x8b"):
+        raise ValueError(f"{path} is compressed by gzip: unpack it.")
+    try:
+        content.decode()  # whole: an error of the stream counts from the start of its buffer
     except UnicodeDecodeError as error:
-        with path.open("rb") as raw:
-            line = 1 + raw.read(error.start).count(b"\n")
+        line = 1 + content.count(b"\n", 0, error.start)
         raise ValueError(
             f"{path}, line {line}: it is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
         ) from error

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
+from trl.scripts.utils import DatasetConfig
 
 from .config import BeftSFTConfig
 from .data_files import read_file
@@ -20,9 +21,13 @@ from .demo import DEMO_MODEL
 
 
 ALPACA_COLUMNS = {"instruction", "output"}
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 PEFT_FIELDS = ("lora_", "use_rslora", "use_dora")
 DTYPES = (None, "auto", "float32", "bfloat16", "float16")
+# Fields of ModelConfig, by the names that `from_pretrained` has for them.
+INIT_FIELDS = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
+# Fields that name a file or a folder, of this machine if it is there.
+PATHS = ("train_file", "test_file", "output_dir", "model_name_or_path", "chat_template_path", "resume_from_checkpoint")
 LOCAL = ("train", "test")  # the splits of local files, whatever those of a dataset are called
 SETTINGS = (
     "Nothing was run. Settings are the fields of BeftScriptArguments, BeftSFTConfig, trl.ModelConfig and "
@@ -55,11 +60,16 @@ class BeftScriptArguments(ScriptArguments):
 class RecipeParser(TrlParser):
     """TRL's parser, which holds the values of a recipe against the types of their fields and raises its errors."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.in_recipe: set[str] = set()
+
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         if "torch_dtype" in values:  # the old name, which most public recipes have
             old = values.pop("torch_dtype")
             if values.setdefault("dtype", old) != old:
                 self.error(f"dtype is {values['dtype']} and torch_dtype, its old name, is {old}: give dtype only")
+        self.in_recipe = set(values)
         for action in self._actions:
             value = values.get(action.dest)
             if isinstance(value, (list, dict)) and action.nargs is None and action.type in (int, float):
@@ -67,10 +77,20 @@ class RecipeParser(TrlParser):
             if isinstance(value, bool) and action.choices and value not in action.choices:
                 word = "yes" if value else "no"
                 self.error(f'{action.dest}: YAML reads {word} without quotes as {value}; write "{word}" in quotes')
+        self._check_mixture(values.get("datasets") or [])
         values = {key: _numbers_in(value) for key, value in values.items()}
         # argparse converts and checks no default but text.
         text = {key: str(value) if isinstance(value, (bool, int, float)) else value for key, value in values.items()}
         return super().set_defaults_with_config(**text)
+
+    def _check_mixture(self, datasets: Any) -> None:
+        known = [field.name for field in fields(DatasetConfig)]
+        for entry in datasets if isinstance(datasets, list) else [datasets]:
+            if not isinstance(entry, dict) or "path" not in entry or entry.keys() - set(known):
+                self.error(
+                    f"datasets: {entry!r:.100} is no entry of TRL's, which is a mapping of {', '.join(known)}, with "
+                    "path. Axolotl's `type` has no counterpart: give a local file as train_file, whose columns tell"
+                )
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"The settings cannot be read: {message}. {SETTINGS}")
@@ -104,10 +124,9 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _refuse_repeated_keys(argv: Sequence[str] | None) -> None:
-    arguments = list(argv if argv is not None else sys.argv[1:])
-    if "--config" in arguments[:-1]:
-        with open(arguments[arguments.index("--config") + 1], encoding="utf-8") as file:
+def _refuse_repeated_keys(argv: Sequence[str]) -> None:
+    if "--config" in argv[:-1]:
+        with open(argv[argv.index("--config") + 1], encoding="utf-8") as file:
             yaml.load(file, _StrictLoader)  # noqa: S506, a safe loader
 
 
@@ -139,6 +158,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """
     dataclasses: Any = (BeftScriptArguments, BeftSFTConfig, ModelConfig, DatasetMixtureConfig)
     parser = RecipeParser(dataclasses)
+    argv = [re.sub("^--torch[-_]dtype(?=$|=)", "--dtype", text) for text in (sys.argv[1:] if argv is None else argv)]
     try:
         _refuse_repeated_keys(argv)
         *arguments, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
@@ -161,25 +181,30 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
             "use_peft=True asks for a LoRA adapter beside the BEFT one: the two exclude each other. Leave it out "
             "and set bias_term, or use TRL's own sft.py for LoRA."
         )
+    given = parser.in_recipe | {text.lstrip("-").split("=")[0].replace("-", "_") for text in argv if text[:2] == "--"}
     given_up = [field.name for field in fields(model_args) if field.name.startswith(PEFT_FIELDS)]
-    given_up = [name for name in given_up if getattr(model_args, name) != getattr(ModelConfig(), name)]
+    given_up = [name for name in given_up if name in given]
     if given_up:
         raise ValueError(f"{', '.join(given_up)} has no effect: BEFT trains a bias, no LoRA matrices. Leave it out.")
-    if model_args.dtype not in DTYPES:
-        raise ValueError(f"dtype={model_args.dtype!r} is not one of {', '.join(filter(None, DTYPES))}.")
     if script_args.answers < 0:
         raise ValueError(f"answers={script_args.answers} cannot be: give 0 or a number of held-out rows.")
-    for holder, names in ((script_args, ("train_file", "test_file")), (training_args, ("output_dir",))):
-        for name in names:
-            if getattr(holder, name) is not None:
+    if not training_args.learning_rate and training_args.relative_learning_rate is None:
+        raise ValueError("learning_rate=0 trains nothing: give a number above 0, or relative_learning_rate.")
+    for holder in (script_args, training_args, model_args):
+        for name in PATHS:
+            if isinstance(getattr(holder, name, None), str):
                 setattr(holder, name, os.path.expanduser(getattr(holder, name)))
-    model_args.model_name_or_path = os.path.expanduser(model_args.model_name_or_path)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    init = training_args.model_init_kwargs or {}
+    for dtype in (model_args.dtype, init.get("dtype")):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not one of {', '.join(filter(None, DTYPES))}.")
+    for key, name in INIT_FIELDS.items():
+        value = getattr(model_args, name)
+        if name in given and key in init and init[key] != value:
+            raise ValueError(
+                f"{name}={value!r} and {key}={init[key]!r} of model_init_kwargs differ: give one of them."
+            )
+    training_args.model_init_kwargs = {key: getattr(model_args, name) for key, name in INIT_FIELDS.items()} | init
     return Recipe(script_args, training_args, model_args, dataset_args)
 
 

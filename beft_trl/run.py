@@ -136,7 +136,7 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
             console.print(table)
         for method, name in SCORE_OF_METHOD.items():
             console.print(f"By {name}: {' > '.join(rank(scores.terms, method))}")
-        console.print(f"Wrote {SCORES_FILE} and {report.HEAT_MAP_FILE} in {recipe.output_dir}.")
+        console.print(f"Wrote {SCORES_FILE} and {report.HEAT_MAP_FILE} in {recipe.output_dir}.", markup=False)
     return scores
 
 
