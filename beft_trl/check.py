@@ -134,7 +134,7 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         check_writable(recipe.output_dir)
     problems = len(check.problems)
     with check.noting():
-        refuse_missing_model(recipe.base_model)
+        refuse_missing_model(recipe.base_model, recipe.model.model_revision)
     if len(check.problems) > problems:
         return check
     with check.noting():

@@ -35,7 +35,7 @@ def load_data(recipe: Recipe) -> Data:
     Raises:
         OSError, ValueError: for what is missing or cannot be read.
     """
-    refuse_missing_model(recipe.base_model)
+    refuse_missing_model(recipe.base_model, recipe.model.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(
         recipe.base_model,
         revision=recipe.model.model_revision,
