@@ -4,6 +4,7 @@ import contextlib
 import copy
 import glob
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -19,7 +20,14 @@ import transformers
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
 
 from .importance import SCORES_FILE, BiasScores
@@ -156,8 +164,7 @@ def merge_adapter(
         if verify:
             _verify(content, adapter, base_folder, config, partial, plan.config, report, dtypes)
         _write_card(partial, adapter, base_folder, report)
-        # Not save_pretrained, which refuses what older configurations say on generation.
-        plan.config.to_json_file(partial / CONFIG_NAME)
+        _write_config(plan.config, base_folder, partial)
     return report
 
 
@@ -512,6 +519,8 @@ def _load(
     if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         architecture = getattr(transformers, default)
     kwargs = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True} | kwargs
+    # Else it would be looked for in config.json, which a merged folder gets at the very end.
+    kwargs["generation_config"] = GenerationConfig()
     try:
         model, loading = architecture.from_pretrained(folder, config=config, **kwargs)
         # Those of other shapes come with both shapes.
@@ -601,6 +610,15 @@ def _difference(found: Tensor, expected: Tensor, base: Path) -> float:
         )
     largest = expected.abs().max().item()
     return (found - expected).abs().max().item() / (largest or 1.0)
+
+
+def _write_config(config: PreTrainedConfig, base: Path, partial: Path) -> None:
+    """Writes the configuration, with what an old base's says on generation, which Transformers takes out of it."""
+    record = json.loads(config.to_json_string())
+    old = read_json(base / CONFIG_NAME, AGAIN)
+    on_generation = GenerationConfig().to_dict().keys() - {"transformers_version"}
+    record |= {name: old[name] for name in sorted(old.keys() & on_generation) if name not in record}
+    (partial / CONFIG_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_card(partial: Path, adapter: Path, base: Path, report: MergeReport) -> None:
