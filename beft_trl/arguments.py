@@ -1,6 +1,7 @@
 """What a trainer was given: its arguments by name, and those that cannot train anything."""
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.utils import is_liger_kernel_available
 
 from .config import BeftConfigMixin
+from .layout import BiasSites
 from .tuner import refuse_other_adapters
 
 
@@ -105,29 +108,35 @@ def refuse_unknown_metric(args: TrainingArguments, eval_dataset: Any, compute_me
         )
 
 
-def check_optimizer(args: TrainingArguments, given: tuple[Any, dict] | None = None) -> None:
-    """Refuses an optimizer or a schedule that its settings do not make, by making both for one number.
+def check_settings(args: TrainingArguments, given: tuple[Any, dict] | None = None) -> None:
+    """Refuses settings at which Transformers stops once weights are loaded: it tries optimizer and schedule.
 
     Args:
         args (`TrainingArguments`): with `optim`, `lr_scheduler_type` and what belongs to them.
         given (`tuple`, *optional*): `optimizer_cls_and_kwargs`, in the place of `optim`.
 
     Raises:
-        ImportError: for an optimizer whose package is not installed.
+        ImportError: for a package that is not installed.
         ValueError: with the settings, and what is wrong with them.
     """
+    for rate in ("learning_rate", "score_learning_rate", "relative_learning_rate"):
+        if getattr(args, rate) is not None and not math.isfinite(getattr(args, rate)):
+            raise ValueError(f"{rate}={getattr(args, rate)} cannot be: give a number such as 1e-3.")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel=True needs a package that is not installed: pip install liger-kernel.")
     number = nn.Parameter(torch.zeros(1, 1))
     try:
-        if given is None and not args.optim.startswith(NEED_THE_MODEL):
-            made, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        if given is None:
+            made, settings = Trainer.get_optimizer_cls_and_kwargs(args, nn.Module())  # type: ignore[arg-type]
             if isinstance(made, type) and issubclass(made, torch.optim.Optimizer):
                 made([number], **settings)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
-        raise ValueError(
-            f"optim={args.optim.value!r} cannot be made with learning_rate={args.learning_rate}, "
-            f"adam_beta1={args.adam_beta1}, adam_beta2={args.adam_beta2}, adam_epsilon={args.adam_epsilon} and "
-            f"optim_args={args.optim_args!r}: {error}."
-        ) from error
+        if not args.optim.startswith(NEED_THE_MODEL):
+            raise ValueError(
+                f"optim={args.optim.value!r} cannot be made with learning_rate={args.learning_rate}, "
+                f"adam_beta1={args.adam_beta1}, adam_beta2={args.adam_beta2}, adam_epsilon={args.adam_epsilon} and "
+                f"optim_args={args.optim_args!r}: {error}."
+            ) from error
     name = args.lr_scheduler_type.value
     try:
         optimizer = torch.optim.SGD([number], lr=args.learning_rate)
@@ -142,3 +151,17 @@ def check_optimizer(args: TrainingArguments, given: tuple[Any, dict] | None = No
             f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={args.lr_scheduler_kwargs} and "
             f"warmup_steps={args.warmup_steps}: {error}."
         ) from error
+
+
+def refuse_absent_anchor(args: TrainingArguments, sites: BiasSites) -> None:
+    """Refuses the model's own biases as anchor of the scores if it has none, before a scoring pass looks for them.
+
+    Raises:
+        ValueError: with the first projection that has none.
+    """
+    bare = next((site for site in sites if not site.has_bias), None)
+    if args.bias_term == "auto" and args.score_anchor == "bias" and bare is not None:
+        raise ValueError(
+            f"score_anchor='bias' says nothing of this model: {bare.module} has no bias, and of 0 every change "
+            "has the importance 1. Use 'activation' or 'auto'."
+        )

@@ -234,6 +234,10 @@ def _skeleton(recipe: Recipe, under_deepspeed: bool) -> nn.Module:
     args: BeftSFTConfig = recipe.training
     skeleton: Any = skeleton_of(recipe.base_model, args)
     dtype: Any = (args.model_init_kwargs or {}).get("dtype") or "float32"
+    attention = (args.model_init_kwargs or {}).get("attn_implementation")
+    if attention is not None:  # as the weights are loaded, it is looked at
+        with torch.device("meta"):
+            type(skeleton)._from_config(skeleton.config, attn_implementation=attention)
     if dtype == "auto":
         dtype = skeleton.config.dtype or "float32"
     if under_deepspeed and args.bf16:

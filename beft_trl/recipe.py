@@ -75,9 +75,14 @@ class RecipeParser(TrlParser):
             value = values.get(action.dest)
             if isinstance(value, (list, dict)) and action.nargs is None and action.type in (int, float):
                 self.error(f"{action.dest}: {value!r} is not of type {action.type.__name__}")
-            if isinstance(value, bool) and action.choices and value not in action.choices:
-                word = "yes" if value else "no"
-                self.error(f'{action.dest}: YAML reads {word} without quotes as {value}; write "{word}" in quotes')
+            # argparse checks choices for the command line only.
+            if action.choices and value is not None and str(value) not in map(str, action.choices):
+                known = ", ".join(map(repr, action.choices))
+                word = "yes" if value is True else "no"
+                hint = f': YAML reads {word} without quotes as {value}; write "{word}" in quotes' * isinstance(
+                    value, bool
+                )
+                self.error(f"{action.dest}={value!r} is not one of {known}{hint}")
         self._check_mixture(values.get("datasets") or [])
         values = {key: _numbers_in(value) for key, value in values.items()}
         # argparse converts and checks no default but text.
@@ -196,6 +201,10 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
             if isinstance(getattr(holder, name, None), str):
                 setattr(holder, name, os.path.expanduser(getattr(holder, name)))
     init = training_args.model_init_kwargs or {}
+    if (model_args.load_in_8bit or model_args.load_in_4bit) and "quantization_config" in init:
+        raise ValueError(
+            "load_in_8bit or load_in_4bit excludes the quantization_config of model_init_kwargs: give one of them."
+        )
     for dtype in (model_args.dtype, init.get("dtype")):
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {', '.join(filter(None, DTYPES))}.")
@@ -298,10 +307,11 @@ def held_out_rows(
         ValueError: if the run wants to evaluate or to answer held-out rows, and there are none that it could.
     """
     held_out = rows.get(split_names(script_args)[1])
-    if held_out is None and training_args.eval_strategy != "no":
+    if held_out is None and (training_args.eval_strategy != "no" or training_args.eval_on_start):
         raise ValueError(
-            f"eval_strategy={training_args.eval_strategy!r} needs held-out rows: give test_file, or a "
-            f"dataset_test_split among {', '.join(rows)}, or set eval_strategy='no'."
+            f"eval_strategy={training_args.eval_strategy.value!r} with eval_on_start={training_args.eval_on_start} "
+            f"needs held-out rows: give test_file, or a dataset_test_split among {', '.join(rows)}, or set "
+            "eval_strategy='no' and eval_on_start=False."
         )
     if script_args.answers:
         columns = set(held_out.column_names or ()) if held_out is not None else set()

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
 from . import report
-from .arguments import check_optimizer, refuse_unknown_metric
+from .arguments import check_settings, refuse_absent_anchor, refuse_unknown_metric
 from .config import BeftSFTConfig, BeftTrainingArguments
 from .labels import drop_masked, refuse_too_few_rows
 from .mixin import BeftTrainerMixin
@@ -48,11 +48,12 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
             name = model.config.name_or_path if isinstance(model, nn.Module) else model
             args = BeftSFTConfig(f"{Path(name or 'model').name}-BEFT")
         super().__init__(model, args, *positional, **kwargs)
+        refuse_absent_anchor(args, self.bias_sites)
         refuse_too_few_rows(self)
 
     def _check_given(self, given: dict[str, Any]) -> None:
         args, formatting = given["args"], given.get("formatting_func")
-        check_optimizer(args, given.get("optimizer_cls_and_kwargs"))
+        check_settings(args, given.get("optimizer_cls_and_kwargs"))
         refuse_unknown_metric(args, given.get("eval_dataset"), given.get("compute_metrics"))
 
         def checked(rows: Any, name: str) -> Any:

@@ -131,7 +131,13 @@ def test_a_dead_term(make_trainer):
 
 
 def test_a_bias_anchor_without_biases(make_trainer):
-    trainer = make_trainer(make_llama(), score_anchor="bias")
+    with pytest.raises(ValueError, match=r"score_anchor='bias' says nothing.*layers\.0\.self_attn\.q_proj has no"):
+        make_trainer(make_llama(), score_anchor="bias")
+    zero = make_opt()
+    for name, parameter in zero.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.zeros_(parameter)
+    trainer = make_trainer(zero, score_anchor="bias")
     with pytest.raises(ValueError, match="score_anchor='bias' says nothing"):
         trainer.train()
 

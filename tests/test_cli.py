@@ -1,6 +1,7 @@
 """The `beft` command through its entry point."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ from transformers import LlamaConfig
 import beft_trl
 from beft_trl.checkpoints import last_complete_checkpoint
 from beft_trl.cli import main
+from beft_trl.demo import DEMO_FILES
 
 
 BEFT = Path(sys.executable).parent / "beft"
@@ -260,6 +262,97 @@ def test_bad_recipes_are_one_paragraph(beft, project, tmp_path, monkeypatch, com
     assert message in " ".join(said.split())
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_before_its_model_is_one_problem_that_says_how_to_make_it(beft, tmp_path, monkeypatch):
+    shutil.copytree(DEMO_FILES, tmp_path / "demo")
+    monkeypatch.chdir(tmp_path / "demo")
+    for command in ("check", "train", "score"):
+        run = beft(command, "recipes/demo.yaml", "--use_cpu", "true")
+        said = run.stdout + run.stderr
+        assert run.returncode == 1 and said.count("python -m beft_trl.demo") == 1 and "huggingface" not in said
+        assert said.count("Problem:") == (command == "check")
+
+
+@pytest.mark.parametrize("model", ["nobody/nothing", "./absent", "absent", "folder"])
+def test_a_model_that_is_not_there_is_one_problem_with_its_name(beft, project, tmp_path, monkeypatch, model):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = beft("check", project / "recipe.yaml", "--model_name_or_path", model)
+    assert run.returncode == 1 and run.stdout.count("Problem:") == 1 and f"'{model}'" in run.stdout
+    run = beft("train", project / "recipe.yaml", "--model_name_or_path", model)
+    assert run.returncode == 1 and f"'{model}'" in run.stderr
+
+
+def test_rows_and_paths_that_a_terminal_cannot_print_are_printed_all_the_same(project, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 你", "completion": " w2 ☃"}\n' * 8, encoding="utf-8")
+    command = [BEFT, "check", project / "recipe.yaml", "--train_file", tmp_path / "rows.jsonl"]
+    for encoding in ("cp1252", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        whole = [*command, "--output_dir", tmp_path / "ü你"]
+        run = subprocess.run(whole, capture_output=True, env=environment, check=False)
+        assert run.returncode == 0 and b"The run can start." in run.stdout, run.stderr
+
+
+def test_names_with_square_brackets_are_printed_as_they_are(beft, project, tmp_path):
+    out = tmp_path / "[b]run[/i]"
+    shutil.copytree(project / "base", tmp_path / "[b]base[/i]")
+    for command in (
+        ["check", project / "recipe.yaml", "--output_dir", out, "--model_name_or_path", tmp_path / "[b]base[/i]"],
+        ["train", project / "recipe.yaml", "--output_dir", out, "--bias_term", "value"],
+        ["info", out],
+        ["merge", "--adapter", out, "--output", tmp_path / "[b]merged[/i]"],
+        ["score", project / "recipe.yaml", "--output", tmp_path / "[b]scores[/i]"],
+    ):
+        run = beft(*command, columns=1000)
+        assert run.returncode == 0, run.stderr
+        assert "[b]" in run.stdout and "[/i]" in run.stdout
+    run = beft("info", tmp_path / "[b]absent[/i]")
+    assert run.returncode == 1 and "[b]absent[/i]" in run.stderr
+
+
+def test_warnings_of_names_that_the_libraries_rename_are_kept_from_the_user(project, tmp_path):
+    run = subprocess.run(
+        [BEFT, "train", project / "recipe.yaml", "--output_dir", tmp_path, "--bias_term", "value"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "FutureWarning" not in run.stderr
+
+
+UNFIT = {
+    "a rate of nothing": "learning_rate: 0",
+    "a schedule without its settings": "lr_scheduler_type: cosine_with_min_lr",
+    "fewer rows than a batch": "{dataloader_drop_last: true, per_device_train_batch_size: 100}",
+    "an anchor that is not there": "score_anchor: bias",
+    "answers without prompts": "{answers: 2, test_file: turns.jsonl}",
+    "a metric that no evaluation gives": (
+        "{test_file: rows.jsonl, eval_strategy: epoch, save_strategy: epoch, load_best_model_at_end: true, "
+        "metric_for_best_model: accuracy}"
+    ),
+    "held-out rows of no format": "{test_file: columns.jsonl, eval_strategy: epoch}",
+    "a null cell": "train_file: null.jsonl",
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_check_refuses_train_refuses_with_the_same_words(beft, project, tmp_path, monkeypatch, kind):
+    make_rows(8).to_json(tmp_path / "rows.jsonl")
+    turns = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+    (tmp_path / "turns.jsonl").write_text(json.dumps(turns) + "\n")
+    (tmp_path / "columns.jsonl").write_text('{"a": "w1"}\n')
+    (tmp_path / "null.jsonl").write_text(
+        '{"prompt": "w1", "completion": "w2"}\n{"prompt": "w1", "completion": null}\n'
+    )
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {"output_dir": "out"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | yaml.safe_load(UNFIT[kind])))
+    monkeypatch.chdir(tmp_path)
+    checked, trained = beft("check", "recipe.yaml", columns=2000), beft("train", "recipe.yaml", columns=2000)
+    assert (checked.returncode, trained.returncode) == (1, 1)
+    assert checked.stdout.count("Problem:") == 1
+    problem = checked.stdout.split("Problem: ")[1].split("\nThe run cannot")[0]
+    assert " ".join(problem.split()) in " ".join(trained.stderr.split())
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_an_interrupted_run_ends_in_130_and_leaves_no_adapter(project, tmp_path):

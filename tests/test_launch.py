@@ -53,3 +53,43 @@ def test_without_deepspeed_its_launcher_is_not_started(monkeypatch):
     with pytest.raises(ImportError, match=r"ZeRO-2 needs DeepSpeed.*pip install 'beft-trl\[deepspeed\]'"):
         launch_command("zero2", ["train", "recipe.yaml"])
     assert launch_command("ddp", ["train", "recipe.yaml"])[-2:] == ["train", "recipe.yaml"]
+
+
+NONE = {
+    "empty": "",
+    "a list": "[]",
+    "a word": "text",
+    "no YAML": "a: [",
+    "no kind": "num_processes: 2\n",
+    "a key that is none": "distributed_type: MULTI_GPU\nnum_processes: 2\nno_such: 1\n",
+    "an unknown kind": "distributed_type: BOGUS\nnum_processes: 2\n",
+    "a kind that BEFT does not run on": "distributed_type: XLA\nnum_processes: 2\n",
+    "another place": "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\n",
+    "no number of processes": "distributed_type: MULTI_GPU\n",
+    "no processes": "distributed_type: MULTI_GPU\nnum_processes: 0\n",
+    "processes as a word": "distributed_type: MULTI_GPU\nnum_processes: two\n",
+    "no machines": "distributed_type: MULTI_GPU\nnum_processes: 2\nnum_machines: 0\n",
+    "a precision that is none": "distributed_type: 'NO'\nmixed_precision: fp7\n",
+    "DeepSpeed without settings": "distributed_type: DEEPSPEED\nnum_processes: 2\n",
+    "DeepSpeed as text": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: text\n",
+    "a stage that is none": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 7}\n",
+    "a stage as a word": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: two}\n",
+    "a missing file of DeepSpeed's": (
+        "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: absent.json}\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NONE)
+def test_a_launch_file_with_which_nothing_starts_is_named(tmp_path, kind):
+    file = tmp_path / "launch.yaml"
+    file.write_text(NONE[kind])
+    for read in (launched_engine, lambda name: launch_command(name, ["train", "recipe.yaml"])):
+        with pytest.raises(ValueError, match="launch.yaml"):
+            read(str(file))
+
+
+def test_a_kind_of_no_without_quotes_is_one_process(tmp_path):
+    file = tmp_path / "launch.yaml"
+    file.write_text("distributed_type: NO\nmixed_precision: no\nnum_processes: 1\n")
+    assert launched_engine(str(file)) == ("single", 1)

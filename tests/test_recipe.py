@@ -164,8 +164,19 @@ MISREAD = {
     "a nested key twice": ("lr_scheduler_kwargs: {a: 1, a: 2}\n", "a stands twice"),
     "a word that YAML takes for false": ("save_strategy: no\n", 'write "no" in quotes'),
     "settings of LoRA": ("lora_r: 32\n", "lora_r has no effect"),
+    "settings of LoRA that are its defaults": ("lora_alpha: 32\nlora_r: 16\n", "lora_r, lora_alpha has no effect"),
+    "datasets as Axolotl has them": ("datasets: [{path: a.jsonl, type: alpaca}]\n", "'type': 'alpaca'"),
+    "datasets of names": ("datasets: [a.jsonl]\n", "'a.jsonl' is no entry"),
+    "two dtypes": ("dtype: float32\nmodel_init_kwargs: {dtype: bfloat16}\n", "dtype='float32' and dtype='bfloat16'"),
+    "a nested dtype that is none": ("model_init_kwargs: {dtype: float33}\n", "dtype='float33'"),
+    "a rate of nothing": ("learning_rate: 0\n", "learning_rate=0 trains nothing"),
     "two names of dtype": ("dtype: float32\ntorch_dtype: bfloat16\n", "give dtype only"),
     "a dtype that is none": ("dtype: float33\n", "dtype='float33'"),
+    "a packing that is none": ("packing_strategy: bogus\n", "packing_strategy='bogus' is not one of 'bfd'"),
+    "two quantisations": (
+        "load_in_8bit: true\nmodel_init_kwargs: {quantization_config: {load_in_4bit: true}}\n",
+        "quantization_config of model_init_kwargs",
+    ),
     "answers below zero": ("answers: -1\n", "answers=-1"),
 }
 
@@ -176,6 +187,13 @@ def test_a_recipe_that_would_be_read_otherwise_than_it_is_written_is_refused(tmp
     (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: m\n{text}use_cpu: true\nbf16: false\n")
     with pytest.raises(ValueError, match=re.escape(fact)):
         parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_a_command_line_may_name_the_dtype_by_its_old_name(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model_name_or_path: m\ndtype: float32\nuse_cpu: true\nbf16: false\n")
+    for option in (["--torch_dtype", "bfloat16"], ["--torch_dtype=bfloat16"]):
+        recipe = parse_recipe(["--config", str(tmp_path / "recipe.yaml"), *option])
+        assert recipe.training.model_init_kwargs["dtype"] == "bfloat16"
 
 
 def test_old_names_numbers_in_mappings_and_the_home_folder_are_read(tmp_path, monkeypatch):
@@ -197,6 +215,10 @@ def test_the_demo_before_its_model_says_how_to_make_it(tmp_path, monkeypatch):
         refuse_missing_model("models/SmolLM2-135M-Instruct")
     with pytest.raises(FileNotFoundError, match="'./absent'"):
         refuse_missing_model("./absent")
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        refuse_missing_model(str(tmp_path))
+    with pytest.raises(OSError, match="'nobody/nothing'"):
+        refuse_missing_model("nobody/nothing")
 
 
 def test_answers_need_prompts(make_config):
@@ -208,5 +230,6 @@ def test_answers_need_prompts(make_config):
 def test_evaluation_needs_held_out_rows(make_config):
     script_args = BeftScriptArguments()
     assert held_out_rows({"train": []}, script_args, make_config()) is None
-    with pytest.raises(ValueError, match="eval_strategy=.*needs held-out rows"):
-        held_out_rows({"train": []}, script_args, make_config(eval_strategy="epoch"))
+    for settings in ({"eval_strategy": "epoch"}, {"eval_on_start": True}):
+        with pytest.raises(ValueError, match="eval_strategy=.*needs held-out rows"):
+            held_out_rows({"train": []}, script_args, make_config(**settings))

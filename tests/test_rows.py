@@ -1,5 +1,6 @@
 """Files that cannot be read, cells that are not text, turns that would be lost, and tokens that do not exist."""
 
+import gzip
 import json
 import re
 
@@ -21,6 +22,8 @@ FILES = {
     "a list of lists": ("r.json", "[[1]]", "line 1"),
     "UTF-16": ("r.jsonl", GOOD.encode("utf-16"), "line 1"),
     "Latin-1": ("r.csv", "prompt,completion\na,b\nä,c\n".encode("latin-1"), "line 3"),
+    "Latin-1 after the first buffer": ("r.jsonl", (GOOD * 999 + "ä").encode("latin-1"), "line 1000"),
+    "gzip": ("r.json", gzip.compress(GOOD.encode()), "gzip"),
     "ragged": ("r.csv", "prompt,completion\na,b\nc,d,e\n", "line 3: 3 cells"),
     "an open quote": ("r.csv", 'prompt,completion\na,"b\n', "line"),
     "no parquet": ("r.parquet", "text", "r.parquet"),
@@ -280,6 +283,8 @@ SCHEDULES = {
     },
     "a setting that is missing": {"lr_scheduler_type": "cosine_with_min_lr"},
     "a momentum above one": {"adam_beta1": 1.5},
+    "an endless rate": {"relative_learning_rate": float("inf")},
+    "an endless rate of scoring": {"score_learning_rate": float("inf")},
     "an epsilon below zero": {"adam_epsilon": -1.0},
     "arguments that are no pairs": {"optim_args": "nonsense"},
 }  # fmt: skip
@@ -287,9 +292,17 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_settings_that_make_no_optimizer_or_schedule_are_refused_before_the_run(make_trainer, kind):
-    name = "lr_scheduler_type" if "lr_" in str(SCHEDULES[kind]) else "optim="
+    name = next(
+        (name for name in ("lr_scheduler_type", "learning_rate") if name[:8] in str(SCHEDULES[kind])), "optim="
+    )
     with pytest.raises(ValueError, match=name):
         make_trainer(**SCHEDULES[kind])
+
+
+@pytest.mark.parametrize("settings", [{"optim": "galore_adamw"}, {"optim": "lomo"}, {"use_liger_kernel": True}])
+def test_settings_of_packages_that_are_not_installed_are_refused_before_the_run(make_trainer, settings):
+    with pytest.raises(ImportError, match="pip install"):
+        make_trainer(**settings)
 
 
 def test_rows_that_are_fewer_than_a_batch_which_is_dropped_are_refused(make_trainer):
