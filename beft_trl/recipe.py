@@ -199,6 +199,8 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     for holder in (script_args, training_args, model_args):
         for name in PATHS:
             if isinstance(getattr(holder, name, None), str):
+                if "\0" in getattr(holder, name) or not getattr(holder, name).strip():
+                    raise ValueError(f"{name}={getattr(holder, name)!r} is no path. Give one, or leave it out.")
                 setattr(holder, name, os.path.expanduser(getattr(holder, name)))
     init = training_args.model_init_kwargs or {}
     if (model_args.load_in_8bit or model_args.load_in_4bit) and "quantization_config" in init:

@@ -57,13 +57,13 @@ def check_columns(
         return
     explained = "input_ids" in row or {"prompt", "completion"} <= set(row)
     if "prompt" not in row:  # TRL would look for its completion
-        turns = isinstance(row.get("messages"), list) or "conversations" in row
+        turns = any(isinstance(row.get(name), list) for name in ("messages", "conversations"))
         explained = explained or turns or args.dataset_text_field in row
     if not explained:
         raise ValueError(
             f"The columns of {name} explain no format: found {', '.join(row)}. Needed: "
-            f"'{args.dataset_text_field}' (plain text), 'messages' (conversations), 'prompt' and 'completion', "
-            "'input_ids' (tokenized), or a formatting_func."
+            f"'{args.dataset_text_field}' (plain text), 'messages' or 'conversations' (lists of turns), 'prompt' and "
+            "'completion', 'input_ids' (tokenized), or a formatting_func."
         )
 
 

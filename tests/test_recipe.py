@@ -169,6 +169,8 @@ MISREAD = {
     "datasets of names": ("datasets: [a.jsonl]\n", "'a.jsonl' is no entry"),
     "two dtypes": ("dtype: float32\nmodel_init_kwargs: {dtype: bfloat16}\n", "dtype='float32' and dtype='bfloat16'"),
     "a nested dtype that is none": ("model_init_kwargs: {dtype: float33}\n", "dtype='float33'"),
+    "a path of nothing": ("output_dir: ''\n", "output_dir=''"),
+    "a path that no system has": ('output_dir: "a\\0b"\n', "output_dir='a\\x00b'"),
     "a rate of nothing": ("learning_rate: 0\n", "learning_rate=0 trains nothing"),
     "two names of dtype": ("dtype: float32\ntorch_dtype: bfloat16\n", "give dtype only"),
     "a dtype that is none": ("dtype: float33\n", "dtype='float33'"),

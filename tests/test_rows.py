@@ -184,6 +184,7 @@ def test_held_out_rows_are_looked_at_as_those_to_train_on_are(make_trainer):
 FORMATS = {
     "text and turns": {"prompt": "w1", "completion": [ANSWER]},
     "a text next to a prompt without completion": {"text": "w1", "prompt": "w2"},
+    "conversations of text": {"conversations": "a"},
     "ids of text": {"input_ids": "3 4"},
     "ids of words": {"input_ids": ["w3", "w4"]},
     "ids of lists": {"input_ids": [[3, 4]]},
