@@ -126,7 +126,7 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
     check.model, check.bias_term = recipe.base_model, args.bias_term
     quantization, model, data = None, None, None
     with check.noting():
-        check.engine, check.processes = launched_engine(launch) if launch else (engine_of(args), 1)
+        check.engine, check.processes = launched_engine(launch) if launch is not None else (engine_of(args), 1)
         quantization = get_quantization_config(recipe.model)
         check.precision = precision_of(quantization, (args.model_init_kwargs or {}).get("dtype"))
         refuse_cell(check.engine, args, quantization, (args.model_init_kwargs or {}).get("dtype"))

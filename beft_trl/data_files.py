@@ -11,6 +11,8 @@ from datasets import Dataset, load_dataset
 
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Columns that a run learns from, in which kinds are not to be mixed; newer versions of datasets read others as they are.
+LEARNT = ("text", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "input_ids")
 # In CSV an empty cell is an empty text, and so is no other: "NA" and "null" are words.
 READING: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": []}}
 
@@ -35,11 +37,13 @@ def read_file(file: str | Path) -> Dataset:
     kind = FILE_FORMATS.get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"{file} is of no known kind: use a file ending in {', '.join(FILE_FORMATS)}.")
-    if kind == "csv" or kind == "json":
-        _refuse_unreadable(path, kind)  # its error names the line, which that of datasets does not
+    if kind in ("csv", "json"):
+        _refuse_unreadable(path, kind, LEARNT)  # its error names the line, which that of datasets does not
     try:
         rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", **READING.get(kind, {}))
     except Exception as error:  # datasets raises whatever its readers do
+        if kind == "json":
+            _refuse_unreadable(path, kind)
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise ValueError(f"{file} cannot be read as {kind}: {reason}") from error
@@ -48,11 +52,12 @@ def read_file(file: str | Path) -> Dataset:
     return rows
 
 
-def _refuse_unreadable(path: Path, kind: str) -> None:
+def _refuse_unreadable(path: Path, kind: str, columns: tuple[str, ...] | None = None) -> None:
+    """Names the line at which a file is none of its kind, or at which one of `columns` changes its own."""
     try:
         # newline: a line break within quotes is part of a cell
         with path.open(encoding="utf-8-sig", newline="" if kind == "csv" else None) as stream:
-            for line, reason in _csv_faults(stream) if kind == "csv" else _json_faults(stream):
+            for line, reason in _csv_faults(stream) if kind == "csv" else _json_faults(stream, columns):
                 raise ValueError(f"{path}, line {line}: {reason}")
     except UnicodeDecodeError:
         _refuse_bytes(path, path.read_bytes())
@@ -83,7 +88,7 @@ def _csv_faults(stream: Any) -> Iterator[tuple[int, str]]:
         yield reader.line_num, f"{error}."
 
 
-def _json_faults(stream: Any) -> Iterator[tuple[int, str]]:
+def _json_faults(stream: Any, columns: tuple[str, ...] | None) -> Iterator[tuple[int, str]]:
     """One JSON value for the whole file, or one for each line."""
     first = stream.read(1)
     while first.isspace():
@@ -97,7 +102,7 @@ def _json_faults(stream: Any) -> Iterator[tuple[int, str]]:
             return
         if not rows:
             yield 1, "it has no rows."
-        yield from _row_faults((f"row {number}", 1, row) for number, row in enumerate(rows, 1))
+        yield from _row_faults(((f"row {number}", 1, row) for number, row in enumerate(rows, 1)), columns)
         return
     lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
     parsed: list[tuple[str, int, Any]] = []
@@ -112,7 +117,7 @@ def _json_faults(stream: Any) -> Iterator[tuple[int, str]]:
                     break
             yield number, f"{getattr(error, 'msg', 'nested too deep')} (column {getattr(error, 'colno', 1)})."
             return
-    yield from _row_faults(iter(parsed))
+    yield from _row_faults(iter(parsed), columns)
 
 
 def _whole(stream: Any) -> Any:
@@ -123,14 +128,16 @@ def _whole(stream: Any) -> Any:
         return None
 
 
-def _row_faults(rows: Iterator[tuple[str, int, Any]]) -> Iterator[tuple[int, str]]:
-    """Rows that are no objects, and cells of another kind than those above them."""
+def _row_faults(rows: Iterator[tuple[str, int, Any]], columns: tuple[str, ...] | None) -> Iterator[tuple[int, str]]:
+    """Rows that are no objects, and cells of these columns, or of any, of another kind than those above them."""
     kinds: dict[str, tuple[str, str, int]] = {}
     for where, line, row in rows:
         if not isinstance(row, dict):
             yield line, f"{where} is {_kind(row)}, and must be an object with the columns as names."
             return
         for name, value in row.items():
+            if columns is not None and name not in columns:
+                continue
             kind = _kind(value)
             before, place, at = kinds.setdefault(name, (kind, where, line))
             if before == "null":

@@ -53,6 +53,18 @@ def test_a_file_of_one_value_over_many_lines_is_read(tmp_path):
     assert read_file(tmp_path / "rows.json")["text"] == ["a", None, "b"]
 
 
+def test_a_column_that_nothing_learns_from_may_be_of_many_kinds(tmp_path):
+    lines = [{"text": "a", "note": 1}, {"text": "b", "note": 2}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_file(tmp_path / "rows.jsonl")["text"][:] == ["a", "b"]
+    lines[1]["note"] = ["text"]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        assert read_file(tmp_path / "mixed.jsonl")["text"][:] == ["a", "b"]
+    except ValueError as error:  # an older version of datasets has no type for it
+        assert "line 2: 'note'" in str(error)
+
+
 def test_words_of_a_csv_are_words_and_an_empty_cell_is_empty(tmp_path):
     (tmp_path / "rows.csv").write_text("instruction,input,output\nCode of Namibia?,,NA\nSay,null,nan\n")
     assert read_file(tmp_path / "rows.csv").to_list() == [
