@@ -11,7 +11,7 @@ from datasets import Dataset, load_dataset
 
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# Columns that a run learns from, in which kinds are not to be mixed; newer versions of datasets read others as they are.
+# Columns that a run learns from, in which kinds are not to be mixed; datasets (5) reads others as they are.
 LEARNT = ("text", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "input_ids")
 # In CSV an empty cell is an empty text, and so is no other: "NA" and "null" are words.
 READING: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": []}}

@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -264,22 +263,24 @@ def load_rows(
     for split, dataset in rows.items():
         columns = set(dataset.column_names or next(iter(dataset), {}))
         if columns >= ALPACA_COLUMNS:
-            _check_alpaca(dataset, files.get(split) or split)
-            rows[split] = dataset.map(alpaca_to_prompt, fn_kwargs={"chat": chat}, remove_columns=list(columns))
+            options = {"chat": chat, "name": files.get(split) or f"the split {split}"}
+            rows[split] = dataset.map(
+                _checked_alpaca, with_indices=True, fn_kwargs=options, remove_columns=list(columns)
+            )
     return rows
 
 
-def _check_alpaca(dataset: Any, name: str) -> None:
-    for number, row in enumerate(dataset if isinstance(dataset, Dataset) else islice(dataset, 1), 1):
-        for column in ("instruction", "output"):
-            if not isinstance(row[column], str) or not row[column].strip():
-                found = "empty" if row[column] in (None, "") else f"{row[column]!r:.60}"
-                raise ValueError(
-                    f"Row {number} of {name}: {column!r} is {found}, and must be text. Complete the row, or "
-                    "take it out."
-                )
-        if not isinstance(row.get("input") or "", str):
-            raise ValueError(f"Row {number} of {name}: 'input' is {row['input']!r:.60}, and must be text or empty.")
+def _checked_alpaca(row: dict[str, Any], number: int, chat: bool, name: str) -> dict[str, Any]:
+    for column in ("instruction", "output"):
+        if not isinstance(row[column], str) or not row[column].strip():
+            found = "empty" if row[column] in (None, "") else f"{row[column]!r:.60}"
+            raise ValueError(
+                f"Row {number + 1} of {name}: {column!r} is {found}, and must be text. Complete the row, or take it "
+                "out."
+            )
+    if not isinstance(row.get("input") or "", str):
+        raise ValueError(f"Row {number + 1} of {name}: 'input' is {row['input']!r:.60}, and must be text or empty.")
+    return alpaca_to_prompt(row, chat)
 
 
 def alpaca_to_prompt(row: dict[str, Any], chat: bool) -> dict[str, Any]:

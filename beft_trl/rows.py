@@ -22,6 +22,8 @@ ROLES = {
 }  # fmt: skip
 TURNS = ("messages", "conversations", "prompt", "completion")
 NAMES = {"from": "role", "value": "content"}  # of ShareGPT
+WITHOUT_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # what a turn may have in its place
+TEXT = ("string", "large_string")
 TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 RENDERED = ("tools", "chat_template_kwargs")  # columns that a template sees next to the turns
 LOOKED_AT = 64  # conversations in which a trace of a role is looked for
@@ -67,42 +69,38 @@ def check_columns(
         )
 
 
-def check_cells(dataset: Any, name: str, text_field: str = "text") -> None:
+def check_cells(dataset: Any, name: str, text_field: str = "text") -> Any:
     """Refuses rows with a cell that is learnt and is missing, blank or no text, of whatever format of TRL's.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): the rows. Of a stream only the first is looked at.
+        dataset (`Dataset` or `IterableDataset`): the rows.
         name (`str`): of the rows, for messages.
         text_field (`str`, *optional*, defaults to `"text"`): the column of plain text.
+
+    Returns:
+        The rows; those of a stream are looked at as they come, after the first.
 
     Raises:
         ValueError: with the row, the column and what is in it.
     """
-    if isinstance(dataset, IterableDataset):
-        rows: Any = islice(dataset, 1)
-        columns = list(next(iter(dataset), {}))
-    elif isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-        rows, columns = dataset, dataset.column_names
-    else:
-        return
-    if "image" in columns or "images" in columns:
-        return
-    if "input_ids" in columns:
-        _check_tokenized(rows, columns, name)
-        return
-    learnt = [column for column in (text_field, *TURNS) if column in columns]
-    if {"prompt", "completion"} <= set(learnt):
-        first = next(iter(rows if isinstance(rows, Dataset) else dataset))
-        kinds = {column: "turns" if isinstance(first[column], list) else "text" for column in TURNS[-2:]}
-        if len(set(kinds.values())) > 1:
-            raise ValueError(
-                f"Row 1 of {name}: 'prompt' is {kinds['prompt']} and 'completion' {kinds['completion']}. Give both as "
-                "text, or both as turns of a conversation."
-            )
-    plain = [column for column in learnt if isinstance(rows, Dataset) and _is_text(rows.features[column])]
+    stream = isinstance(dataset, IterableDataset)
+    if not stream and (not isinstance(dataset, Dataset) or dataset.format["type"] == "custom"):
+        return dataset
+    first: dict[str, Any] = next(iter(dataset), {})
+    if "image" in first or "images" in first:
+        return dataset
+    if "input_ids" in first:
+        _check_tokenized(dataset, list(first), name)
+        return dataset
+    learnt = [column for column in (text_field, *TURNS) if column in first]
+    if stream:
+        _check_row(first, 0, name, learnt)
+        options = {"name": name, "columns": learnt}
+        return dataset.map(_check_row, with_indices=True, fn_kwargs=options, features=dataset.features)
+    plain = [column for column in learnt if getattr(dataset.features[column], "dtype", None) in TEXT]
     for column in plain:
         offset = 0
-        for batch in rows.select_columns([column]).with_format("arrow").iter(10_000):
+        for batch in dataset.select_columns([column]).with_format("arrow").iter(10_000):
             cells = batch[column]
             blank = pc.equal(pc.utf8_trim_whitespace(cells), "")
             # An empty prompt is a prompt; an empty completion would be learnt as an end.
@@ -112,22 +110,34 @@ def check_cells(dataset: Any, name: str, text_field: str = "text") -> None:
                 _refuse_cell(name, offset + found, column, cells[found].as_py())
             offset += len(batch)
     others = [column for column in learnt if column not in plain]
-    if others:
-        picked = rows.select_columns(others) if isinstance(rows, Dataset) else rows
-        for number, row in enumerate(picked):
-            for column in others:
-                _check_cell(row.get(column), name, number, column)
+    for number, row in enumerate(dataset.select_columns(others) if others else ()):
+        _check_row(row, number, name, others)
+    _check_pair(first, 0, name)
+    return dataset
 
 
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+def _check_row(row: dict[str, Any], number: int, name: str, columns: list[str]) -> dict[str, Any]:
+    for column in columns:
+        _check_cell(row.get(column), name, number, column)
+    _check_pair(row, number, name)
+    return row
+
+
+def _check_pair(row: dict[str, Any], number: int, name: str) -> None:
+    pair = [row[column] for column in ("prompt", "completion") if column in row]
+    if len({isinstance(value, list) for value in pair}) > 1:
+        kinds = ["turns" if isinstance(value, list) else "text" for value in pair]
+        raise ValueError(
+            f"Row {number + 1} of {name}: 'prompt' is {kinds[0]} and 'completion' {kinds[1]}. Give both as text, or "
+            "both as turns of a conversation."
+        )
 
 
 def _check_tokenized(rows: Any, columns: list[str], name: str) -> None:
     """Refuses token ids, labels and masks that are not one whole number for each token."""
     columns = [column for column in TOKENIZED if column in columns]
     if not isinstance(rows, Dataset):
-        rows = Dataset.from_list([{column: row[column] for column in columns} for row in rows])
+        rows = Dataset.from_list([{column: row[column] for column in columns} for row in islice(rows, 1)])
     for column in columns:
         if "int" not in str(getattr(getattr(rows.features[column], "feature", None), "dtype", "")):
             row = next((cells for cells in rows[column] if cells), None)
@@ -166,11 +176,17 @@ def _check_cell(value: Any, name: str, row: int, column: str) -> None:
             if isinstance(turn, dict)
             else (None, None)
         )
-        called = isinstance(turn, dict) and turn.get("tool_calls")
-        if not isinstance(role, str) or not (isinstance(content, (str, list)) or called):
+        more = isinstance(turn, dict) and any(turn.get(key) for key in WITHOUT_CONTENT)
+        if not isinstance(role, str) or not (isinstance(content, (str, list)) or more):
             raise ValueError(
                 f"Row {row + 1} of {name}: turn {number} of {column!r} is {turn!r:.80}, and must have a role and "
                 'content, such as {"role": "user", "content": "..."}. Complete the row, or take it out.'
+            )
+        blank = not (content.strip() if isinstance(content, str) else content)
+        if blank and not more and ROLES.get(role, role) == "assistant":
+            raise ValueError(
+                f"Row {row + 1} of {name}: turn {number} of {column!r}, of the role {role!r}, is empty, and would be "
+                "learnt as an end. Complete the row, or take it out."
             )
 
 
@@ -193,7 +209,7 @@ def prepare_rows(dataset: Any, text_field: str = "text", num_proc: int | None = 
     turns = [name for name in TURNS if isinstance(row.get(name), list)]
     other = "prompt and completion" if {"prompt", "completion"} <= set(row) else "turns" if turns else None
     if text_field in row and other:
-        logger.warning(f"The column {text_field!r} is left out, since the rows have {other}.")
+        logger.warning_once(f"The column {text_field!r} is left out, since the rows have {other}.")
         dataset = dataset.remove_columns(text_field)
     if "conversations" in turns or any(turn.get("role") in ROLES for name in turns for turn in row[name]):
         options: dict[str, Any] = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}

@@ -60,7 +60,7 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
             check_columns(rows, args, formatting, name)
             if formatting is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
                 return rows
-            check_cells(rows, name, args.dataset_text_field)
+            rows = check_cells(rows, name, args.dataset_text_field)
             return prepare_rows(rows, args.dataset_text_field, args.dataset_num_proc)
 
         for name in ("train_dataset", "eval_dataset"):

@@ -1,6 +1,8 @@
 import importlib.util
 import itertools
 import json
+import runpy
+import sys
 from collections import Counter
 from difflib import SequenceMatcher
 from importlib.machinery import ModuleSpec
@@ -55,6 +57,19 @@ def test_the_file_for_axolotl_holds_the_training_rows_as_conversations():
         json.loads(line)["messages"] for line in (DATA / "support_messages.jsonl").read_text().splitlines()
     ]
     assert conversations == [row["prompt"] + row["completion"] for row in rows("train")]
+
+
+def test_the_example_overrides_the_demo_by_the_command_line(monkeypatch):
+    ran = []
+    monkeypatch.setattr("beft_trl.run.train", ran.append)
+    monkeypatch.setattr("beft_trl.run.leave", lambda trainer: None)
+    monkeypatch.setattr("beft_trl.demo.make_demo", lambda: None)
+    for more, rate, term in (([], None, "auto"), (["--relative_learning_rate", "0.1", "--bias_term=key"], 0.1, "key")):
+        monkeypatch.setattr(sys, "argv", ["sft_opt.py", *more, "--use_cpu", "true"])
+        runpy.run_path(str(DATA.parent / "sft_opt.py"), run_name="__main__")
+        training = ran[-1].training
+        assert (training.relative_learning_rate, training.bias_term) == (rate, term)
+        assert ran[-1].base_model == str(demo.DEMO_MODEL)
 
 
 def test_without_the_weights_or_what_reads_them_it_says_what_to_install(monkeypatch, tmp_path):

@@ -223,6 +223,23 @@ def test_the_demo_before_its_model_says_how_to_make_it(tmp_path, monkeypatch):
         refuse_missing_model("nobody/nothing")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("blank", [{"output": ""}, {"output": None}, {"instruction": " "}])
+def test_a_blank_cell_of_an_alpaca_row_is_named(tmp_path, monkeypatch, blank, streaming):
+    from datasets import load_dataset
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ALPACA, ALPACA[0] | blank]))
+    file = str(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(
+        "beft_trl.recipe.load_dataset",
+        lambda *_, **options: load_dataset("json", data_files=file, streaming=streaming),
+    )
+    with pytest.raises(ValueError, match=f"Row 3 of the split train: '{next(iter(blank))}'"):
+        list(load(dataset_name="rows")["train"])
+    with pytest.raises(ValueError, match=rf"Row 3 of .*rows.jsonl: '{next(iter(blank))}'"):
+        load(train_file=file)
+
+
 def test_answers_need_prompts(make_config):
     rows = {"train": [], "test": Dataset.from_list([{"messages": [{"role": "user", "content": "w1"}]}])}
     with pytest.raises(ValueError, match="answers=4"):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 from conftest import VOCABULARY, make_llama, make_opt, make_rows, make_tokenizer
@@ -83,6 +84,8 @@ CELLS = {
     "no turns": {"messages": []},
     "null content": {"messages": [{"role": "user", "content": None}]},
     "no role": {"messages": [{"content": "w1"}]},
+    "blank answer": {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": " "}]},
+    "blank answer of another name": {"conversations": [{"from": "gpt", "value": ""}]},
     "null turn": {"messages": [None]},
     "no value": {"conversations": [{"from": "human", "value": None}]},
 }
@@ -105,6 +108,16 @@ def test_the_row_of_a_bad_cell_is_found_among_many():
     rows = [{"prompt": "", "completion": "b"}] * 12_345 + [{"prompt": "a", "completion": ""}]
     with pytest.raises(ValueError, match="Row 12346 of rows: 'completion' is empty"):
         check_cells(Dataset.from_list(rows), "rows")
+
+
+def test_a_blank_cell_of_a_stream_stops_the_run_when_it_comes(make_trainer):
+    good = {"prompt": "w1", "completion": " w2"}
+    rows = IterableDataset.from_generator(lambda: iter([good] * 6 + [good | {"completion": ""}]))
+    trainer = make_trainer(make_llama(), rows, bias_term="value")
+    with pytest.raises(ValueError, match="Row 7 of train_dataset: 'completion' is empty"):
+        trainer.train()
+    rows = IterableDataset.from_generator(lambda: iter([good] * 64))
+    make_trainer(make_llama(), rows, bias_term="value").train()
 
 
 def test_calls_of_tools_need_no_content():
@@ -185,6 +198,30 @@ def test_a_template_that_raises_names_the_row(make_trainer, monkeypatch):
     monkeypatch.setattr("conftest.make_tokenizer", strict)
     with pytest.raises(ValueError, match="Row 100 of train_dataset.*must begin with user"):
         make_trainer(rows=rows)
+
+
+def test_masked_rows_are_dropped_by_the_processes_of_the_dataset_first_by_the_main_one(make_trainer, monkeypatch):
+    order, filtered = [], Dataset.filter
+
+    @contextmanager
+    def first(self):
+        order.append("enter")
+        yield
+        order.append("leave")
+
+    def noting(self, *values, **named):
+        if "desc" not in named:  # TRL's own filter has one
+            order.append(named["num_proc"])
+        return filtered(self, *values, **(named | {"num_proc": None}))
+
+    monkeypatch.setattr("accelerate.PartialState.main_process_first", first)
+    monkeypatch.setattr(Dataset, "filter", noting)
+    monkeypatch.setattr(Dataset, "map", lambda self, *values, mapped=Dataset.map, **named: mapped(
+        self, *values, **(named | {"num_proc": None})
+    ))  # fmt: skip
+    make_trainer(dataset_num_proc=3)
+    at = order.index(3)
+    assert order[at - 1 : at + 2] == ["enter", 3, "leave"]
 
 
 def test_held_out_rows_are_looked_at_as_those_to_train_on_are(make_trainer):
