@@ -519,8 +519,9 @@ def _load(
     if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         architecture = getattr(transformers, default)
     kwargs = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True} | kwargs
-    # Else it would be looked for in config.json, which a merged folder gets at the very end.
-    kwargs["generation_config"] = GenerationConfig()
+    if not (folder / CONFIG_NAME).is_file():
+        # A merged folder gets its configuration at the very end, and Transformers looks there for this one.
+        kwargs["generation_config"] = GenerationConfig()
     try:
         model, loading = architecture.from_pretrained(folder, config=config, **kwargs)
         # Those of other shapes come with both shapes.

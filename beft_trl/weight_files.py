@@ -173,10 +173,16 @@ class CheckpointFiles:
         self.folder, self._skeleton = folder, skeleton
         self._base_prefix = f"{skeleton.base_model_prefix}."
         single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-        # In the order of Transformers, which passes over an index if there is a single file.
-        self.index = None if os.path.lexists(single) or not os.path.lexists(index) else index
+        self.index = index if os.path.lexists(index) else None
         if self.index is not None:
             self.file_of = _weight_map(index)
+            others = set(self.file_of.values()) - {SAFE_WEIGHTS_NAME}
+            if others and os.path.lexists(single):
+                raise MergeError(
+                    f"{folder} has {SAFE_WEIGHTS_NAME}, which Transformers loads, and an index that names "
+                    f"{min(others)}: two sets of weights. Remove {SAFE_WEIGHTS_INDEX_NAME}, or {SAFE_WEIGHTS_NAME}, "
+                    "whichever is older."
+                )
         elif os.path.lexists(single):
             self.file_of = dict.fromkeys(_names(single), SAFE_WEIGHTS_NAME)
         else:

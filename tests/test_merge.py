@@ -614,12 +614,3 @@ def test_what_an_old_configuration_says_on_generation_stays(tmp_path):
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     for folder in ("base", "merged"):
         assert LlamaForCausalLM.from_pretrained(tmp_path / folder).generation_config.temperature == 0.7
-
-
-def test_a_single_file_is_merged_where_a_stale_index_lies_beside_it(tmp_path):
-    """As Transformers loads it."""
-    model = build("qwen2")
-    saved(model, tmp_path, of_term(model))
-    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
-    assert merge_adapter(tmp_path / "adapter", tmp_path / "merged").difference < 1e-5
-    assert not (tmp_path / "merged" / "model.safetensors.index.json").exists()
