@@ -109,19 +109,28 @@ def merge_adapter(
     it turned on, and zeros for the others; else the value bias becomes `W_o b_v`, the bias of the output projection
     (exact, since attention probabilities sum to one), or a Mistral without sliding window becomes a Llama.
 
+    Files are read from the folders of adapter and base only: a link or an index that leads out of them is refused.
+    Those of a hub cache, which lead to its own blobs, are not.
+
     Args:
-        adapter: folder of the adapter, this package's or plain PEFT's.
-        output: folder to write, new or empty.
-        base: folder of the base model, or its name on the hub; by default the one that the adapter names. Its weights
-            in full precision, in safetensors files.
-        output_projection: turn a value bias into an output-projection bias where the value has a bias of its own, too.
-        verify: run base plus adapter and the merged model on one prompt and compare their logits.
-        link: hard-link the shards that do not change, instead of copying them.
+        adapter (`str` or `Path`): folder of the adapter, this package's or plain PEFT's.
+        output (`str` or `Path`): folder to write, new or empty, and not in the base.
+        base (`str` or `Path`, *optional*): folder of the base model, or its name on the hub; by default the one that
+            the adapter names. Its weights in 16, 32 or 64 bits, in safetensors files.
+        output_projection (`bool`, *optional*, defaults to `False`): turn a value bias into an output-projection bias
+            if the value has a bias of its own, too.
+        verify (`bool`, *optional*, defaults to `True`): run base plus adapter and the merged model on one prompt and
+            compare their logits.
+        link (`bool`, *optional*, defaults to `False`): hard-link the shards that do not change, instead of copying
+            them.
+
+    Returns:
+        `MergeReport`: what was changed, by what rule, and how far the logits are.
 
     Raises:
-        MergeError: where adapter and base do not fit, the model has no place for the bias, or the logits differ. The
-            output folder is then as it was.
-        OSError: where a file cannot be read or written.
+        MergeError: if adapter, tokenizer and base do not fit or are damaged, the model has no place for the bias, or
+            the logits differ. The output folder is then as it was.
+        OSError: if a file cannot be read or written.
     """
     adapter, output = Path(adapter), Path(output)
     _check_output(output)
@@ -203,7 +212,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
             partial.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target)
             with contextlib.suppress(NotImplementedError):  # a file system without locks, where nothing is removed
-                lock.acquire()
+                lock.acquire(timeout=0)
             partial.mkdir()
         except OSError as error:
             raise _cannot_write(output, error) from error
