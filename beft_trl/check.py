@@ -20,11 +20,11 @@ from .config import BeftSFTConfig
 from .engines import engine_of, precision_of, refuse_cell
 from .labels import LabelAudit, audit_labels, untruncated
 from .launch import launch_command, launched_engine
-from .layout import BiasSites, find_bias_sites, sites_of_term, skeleton_of
+from .layout import BiasSites, find_bias_sites, sites_of_term
 from .memory import MemoryEstimate, estimate_memory
-from .recipe import Recipe, parse_recipe, refuse_missing_model
+from .recipe import Recipe, parse_recipe
 from .rows import prepare_rows
-from .run import Data, load_data
+from .run import Data, check_base, load_data
 from .scoring import run_steps, score_steps
 from .trainer import BeftSFTTrainer
 
@@ -134,11 +134,11 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         check_writable(recipe.output_dir)
     problems = len(check.problems)
     with check.noting():
-        refuse_missing_model(recipe.base_model, recipe.model.model_revision)
+        base = check_base(recipe)
     if len(check.problems) > problems:
         return check
     with check.noting():
-        skeleton = _skeleton(recipe, under_deepspeed=(check.engine or "").startswith("zero"))
+        skeleton = _in_its_dtype(base, args, under_deepspeed=(check.engine or "").startswith("zero"))
         check.parameters = sum(parameter.numel() for parameter in skeleton.parameters())
         check.sites = find_bias_sites(skeleton)
         check.candidates = sum(len(site.rows) for site in sites_of_term(check.sites, args.bias_term))
@@ -230,9 +230,7 @@ def _largest_batch(trainer: BeftSFTTrainer, size: int) -> dict[str, torch.Tensor
     return trainer.data_collator([row] * size)
 
 
-def _skeleton(recipe: Recipe, under_deepspeed: bool) -> nn.Module:
-    args: BeftSFTConfig = recipe.training
-    skeleton: Any = skeleton_of(recipe.base_model, args)
+def _in_its_dtype(skeleton: Any, args: BeftSFTConfig, under_deepspeed: bool) -> nn.Module:
     dtype: Any = (args.model_init_kwargs or {}).get("dtype") or "float32"
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     if attention is not None:  # as the weights are loaded, it is looked at

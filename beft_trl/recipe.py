@@ -11,13 +11,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
-from transformers.utils import CONFIG_NAME, cached_file
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from .config import BeftSFTConfig
 from .data_files import read_file
-from .demo import DEMO_MODEL
 
 
 ALPACA_COLUMNS = {"instruction", "output"}
@@ -326,30 +324,3 @@ def held_out_rows(
                 "answers out."
             )
     return held_out
-
-
-def refuse_missing_model(name: str, revision: str = "main") -> None:
-    """Refuses a base model that is not there, before a tokenizer, a configuration or weights are asked for.
-
-    Args:
-        name (`str`): a folder, or a name on the hub.
-        revision (`str`, *optional*, defaults to `"main"`): on the hub.
-
-    Raises:
-        OSError: with how to make the demo's model, if it is that one.
-    """
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
-            raise FileNotFoundError(f"model_name_or_path={name!r} has no {CONFIG_NAME}: give the folder of a model.")
-        return
-    if os.path.normpath(name) == str(DEMO_MODEL):
-        raise FileNotFoundError(f"The demo's model is not in {name} yet. Make it: python -m beft_trl.demo")
-    if not name or os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or os.path.exists(name):
-        raise FileNotFoundError(f"model_name_or_path={name!r} is no folder. Give a folder, or a model of the hub.")
-    try:
-        cached_file(name, CONFIG_NAME, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise OSError(
-            f"model_name_or_path={name!r} is no folder here, and the hub gave no {CONFIG_NAME}: {reason}"
-        ) from error

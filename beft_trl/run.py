@@ -15,10 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from . import report
+from .bases import base_skeleton, refuse_missing_model
 from .importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
 from .layout import TERMS
-from .recipe import Recipe, held_out_rows, load_rows, refuse_missing_model, split_names
+from .recipe import Recipe, held_out_rows, load_rows, split_names
 from .trainer import BeftSFTTrainer
+from .weight_files import DAMAGE, first_line
 
 
 class Data(NamedTuple):
@@ -29,18 +31,32 @@ class Data(NamedTuple):
     held_out: Dataset | None
 
 
+def check_base(recipe: Recipe) -> Any:
+    """The base model without weights.
+
+    Raises:
+        OSError, ValueError: if it is not there, or damaged.
+    """
+    refuse_missing_model(recipe.base_model, recipe.model.model_revision)
+    return base_skeleton(recipe.base_model, recipe.training)
+
+
 def load_data(recipe: Recipe) -> Data:
     """Loads tokenizer and rows.
 
     Raises:
         OSError, ValueError: for what is missing or cannot be read.
     """
-    refuse_missing_model(recipe.base_model, recipe.model.model_revision)
-    tokenizer = AutoTokenizer.from_pretrained(
-        recipe.base_model,
-        revision=recipe.model.model_revision,
-        trust_remote_code=recipe.training.trust_remote_code,
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            recipe.base_model,
+            revision=recipe.model.model_revision,
+            trust_remote_code=recipe.training.trust_remote_code,
+        )
+    except (OSError, ValueError):  # these say themselves what is wrong
+        raise
+    except DAMAGE as error:
+        raise ValueError(f"The tokenizer of {recipe.base_model} cannot be read ({first_line(error)}).") from error
     rows = load_rows(recipe.script, recipe.dataset, chat=tokenizer.chat_template is not None)
     return Data(tokenizer, rows[split_names(recipe.script)[0]], held_out_rows(rows, recipe.script, recipe.training))
 
@@ -59,6 +75,7 @@ def build_trainer(recipe: Recipe, data: Data) -> BeftSFTTrainer:
 
 def train(recipe: Recipe) -> BeftSFTTrainer:
     """Trains a recipe, saves the adapter, and prints what came of it and the next commands."""
+    check_base(recipe)
     data = load_data(recipe)
     trainer = build_trainer(recipe, data)
     say = trainer.accelerator.print
@@ -114,6 +131,7 @@ def score(recipe: Recipe, steps: Sequence[int | None] = (None,), output: Path | 
         output: folder for `beft_scores.json` and `beft_scores.png`. Default: the recipe's `output_dir`.
     """
     recipe.training.output_dir = str(output or recipe.output_dir)
+    check_base(recipe)
     trainer = build_trainer(recipe, load_data(recipe))
     table = Table("steps", "ranking", "margin", *TERMS, title=SCORE_OF_METHOD[recipe.training.score_method])
     for count in steps:

@@ -7,7 +7,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from trl import DatasetMixtureConfig
 
-from beft_trl.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe, refuse_missing_model
+from beft_trl.bases import refuse_missing_model
+from beft_trl.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe
 
 
 REPOSITORY = Path(__file__).parents[1]

@@ -1,0 +1,97 @@
+"""The base model of a recipe, looked at before anything of it is loaded: its configuration, and its weight files."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from .demo import DEMO_MODEL
+from .layout import find_bias_sites, skeleton_of
+from .weight_files import AGAIN, DAMAGE, CheckpointFiles, first_line
+
+
+SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+PICKLED = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+def refuse_missing_model(name: str, revision: str = "main") -> None:
+    """Refuses a base model that is not there, before a tokenizer, a configuration or weights are asked for.
+
+    Args:
+        name (`str`): a folder, or a name on the hub.
+        revision (`str`, *optional*, defaults to `"main"`): on the hub.
+
+    Raises:
+        OSError: with how to make the demo's model, if it is that one.
+    """
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
+            raise FileNotFoundError(f"model_name_or_path={name!r} has no {CONFIG_NAME}: give the folder of a model.")
+        return
+    if os.path.normpath(name) == str(DEMO_MODEL):
+        raise FileNotFoundError(f"The demo's model is not in {name} yet. Make it: python -m beft_trl.demo")
+    if not name or os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or os.path.exists(name):
+        raise FileNotFoundError(f"model_name_or_path={name!r} is no folder. Give a folder, or a model of the hub.")
+    try:
+        cached_file(name, CONFIG_NAME, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"model_name_or_path={name!r} is no folder here, and the hub gave no {CONFIG_NAME}: {reason}"
+        ) from error
+
+
+def base_skeleton(name: str, args: Any) -> nn.Module:
+    """The base model without weights, if its weight files, where they are a local folder's, fit it.
+
+    Args:
+        name (`str`): of the model, or its folder.
+        args (`TrainingArguments`): with `model_init_kwargs`.
+
+    Raises:
+        OSError, ValueError: for a configuration that makes no model, or weights that are missing, damaged or of
+            another one. Transformers itself gives tensors that are missing random values.
+    """
+    try:
+        skeleton: Any = skeleton_of(name, args)
+    except (OSError, ValueError):  # these say themselves what is wrong
+        raise
+    except DAMAGE as error:
+        raise ValueError(
+            f"The {CONFIG_NAME} of {name}, with model_init_kwargs, makes no model ({first_line(error)}). {AGAIN}"
+        ) from error
+    folder = Path(name)
+    if folder.is_dir() and "gguf_file" not in (args.model_init_kwargs or {}):
+        if any(path.is_symlink() for path in folder.glob("*.safetensors*")):
+            pass  # of whoever put the links there: a merge reads no links, and a run does
+        elif any(os.path.lexists(folder / file) for file in SAFE):
+            _check_weights(CheckpointFiles(folder, skeleton), skeleton)
+        elif not any((folder / file).is_file() for file in PICKLED):
+            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no other weights of a model. {AGAIN}")
+    return skeleton
+
+
+def _check_weights(files: CheckpointFiles, skeleton: Any) -> None:
+    """Refuses files without some of the projections' tensors, or with some of other sizes."""
+    if not files.file_of:
+        raise ValueError(f"{files.folder} has weight files without tensors. {AGAIN}")
+    if getattr(skeleton.config, "quantization_config", None) is not None:
+        return  # packed weights have names and sizes of their own
+    modules = {site.module: site.has_bias for site in find_bias_sites(skeleton)}
+    if not any(files.has(module, "weight") for module in modules):
+        return  # names that Transformers converts as it loads
+    for module, has_bias in modules.items():
+        for tensor in ("weight", "bias")[: 1 + has_bias]:
+            files.entry(module, tensor)
+    embedding = next(name for name, module in skeleton.named_modules() if module is skeleton.get_input_embeddings())
+    if files.has(embedding, "weight"):
+        files.entry(embedding, "weight")

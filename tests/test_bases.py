@@ -1,0 +1,86 @@
+"""A base model that is missing, damaged or another one than its configuration says is refused before it is loaded."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_llama, make_opt
+from safetensors.torch import load_file, save_file
+
+from beft_trl.bases import base_skeleton
+
+
+@pytest.fixture
+def base(tmp_path):
+    make_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def tensors(change):
+    def damage(base):
+        file = base / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+    return damage
+
+
+def config(**settings):
+    def damage(base):
+        file = base / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return damage
+
+
+def without(part):
+    return tensors(lambda weights: {name: values for name, values in weights.items() if part not in name})
+
+
+DAMAGE = {
+    "no weights": lambda base: (base / "model.safetensors").unlink(),
+    "empty weights": lambda base: (base / "model.safetensors").write_bytes(b""),
+    "weights of text": lambda base: (base / "model.safetensors").write_bytes(b"version https://git-lfs.github.com"),
+    "weights without tensors": without(""),
+    "weights without a layer": without("layers.1."),
+    "weights of other sizes": tensors(lambda weights: {name: w[..., :4].clone() for name, w in weights.items()}),
+    "another embedding": tensors(
+        lambda weights: {name: w[:9].clone() if "embed" in name else w for name, w in weights.items()}
+    ),
+    "an index of nothing": lambda base: (base / "model.safetensors.index.json").write_text("{}"),
+    "more layers": config(num_hidden_layers=3),
+    "biases that are not there": config(attention_bias=True),
+    "more heads of keys": config(num_key_value_heads=4),
+    "a width of none": config(hidden_size=0),
+    "heads of none": config(num_attention_heads=0),
+    "a vocabulary below zero": config(vocab_size=-1),
+    "a number that is text": config(intermediate_size="many"),
+    "an activation that is none": config(hidden_act="bogus"),
+    "a dtype that is none": config(dtype="bogus"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_base_that_is_damaged_or_another_one_is_named(base, make_config, kind):
+    DAMAGE[kind](base)
+    with pytest.raises((ValueError, OSError), match=str(base)):
+        base_skeleton(str(base), make_config())
+
+
+def test_settings_that_make_no_model_are_named(base, make_config):
+    with pytest.raises(ValueError, match="model_init_kwargs"):
+        base_skeleton(str(base), make_config(model_init_kwargs={"num_hidden_layers": "x"}))
+
+
+@pytest.mark.parametrize("model", [make_llama, make_opt])
+def test_a_whole_base_passes_in_whatever_files(tmp_path, make_config, model):
+    for name, options in (("one", {}), ("shards", {"max_shard_size": "20KB"})):
+        model().save_pretrained(tmp_path / name, **options)
+        base_skeleton(str(tmp_path / name), make_config())
+    (tmp_path / "links").mkdir()
+    for file in (tmp_path / "one").iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    base_skeleton(str(tmp_path / "links"), make_config())
+    weights = model().state_dict()
+    torch.save(weights, tmp_path / "one" / "pytorch_model.bin")
+    (tmp_path / "one" / "model.safetensors").unlink()
+    assert base_skeleton(str(tmp_path / "one"), make_config()).device.type == "meta"
