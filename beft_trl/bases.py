@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -50,37 +49,51 @@ def refuse_missing_model(name: str, revision: str = "main") -> None:
         ) from error
 
 
-def base_skeleton(name: str, args: Any) -> nn.Module:
-    """The base model without weights, if its weight files, where they are a local folder's, fit it.
+def base_skeleton(name: str, args: Any) -> Any:
+    """The base model without weights.
 
     Args:
         name (`str`): of the model, or its folder.
         args (`TrainingArguments`): with `model_init_kwargs`.
 
     Raises:
-        OSError, ValueError: for a configuration that makes no model, or weights that are missing, damaged or of
-            another one. Transformers itself gives tensors that are missing random values.
+        OSError, ValueError: for a configuration that makes no model.
     """
     try:
-        skeleton: Any = skeleton_of(name, args)
+        return skeleton_of(name, args)
     except (OSError, ValueError):  # these say themselves what is wrong
         raise
     except DAMAGE as error:
         raise ValueError(
             f"The {CONFIG_NAME} of {name}, with model_init_kwargs, makes no model ({first_line(error)}). {AGAIN}"
         ) from error
+
+
+def check_weights(name: str, args: Any, skeleton: Any) -> None:
+    """Refuses a local folder whose weights are missing, damaged or those of another model.
+
+    Transformers itself gives a tensor that is missing random values.
+
+    Args:
+        name (`str`): of the model, or its folder.
+        args (`TrainingArguments`): with `model_init_kwargs`.
+        skeleton (`PreTrainedModel`): the model without weights.
+
+    Raises:
+        OSError, ValueError: with the file and what is wrong with it.
+    """
     folder = Path(name)
-    if folder.is_dir() and "gguf_file" not in (args.model_init_kwargs or {}):
-        if any(path.is_symlink() for path in folder.glob("*.safetensors*")):
-            pass  # of whoever put the links there: a merge reads no links, and a run does
-        elif any(os.path.lexists(folder / file) for file in SAFE):
-            _check_weights(CheckpointFiles(folder, skeleton), skeleton)
-        elif not any((folder / file).is_file() for file in PICKLED):
-            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no other weights of a model. {AGAIN}")
-    return skeleton
+    if not folder.is_dir() or "gguf_file" in (args.model_init_kwargs or {}):
+        return
+    if any(path.is_symlink() for path in folder.glob("*.safetensors*")):
+        return  # a merge reads no links out of a folder, and so does what it checks files with; a run does
+    if any(os.path.lexists(folder / file) for file in SAFE):
+        _check_files(CheckpointFiles(folder, skeleton), skeleton)
+    elif not any((folder / file).is_file() for file in PICKLED):
+        raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no other weights of a model. {AGAIN}")
 
 
-def _check_weights(files: CheckpointFiles, skeleton: Any) -> None:
+def _check_files(files: CheckpointFiles, skeleton: Any) -> None:
     """Refuses files without some of the projections' tensors, or with some of other sizes."""
     if not files.file_of:
         raise ValueError(f"{files.folder} has weight files without tensors. {AGAIN}")

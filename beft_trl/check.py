@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTTrainer, get_quantization_config
 
+from .bases import base_skeleton, check_weights, refuse_missing_model
 from .checkpoints import check_writable
 from .config import BeftSFTConfig
 from .engines import engine_of, precision_of, refuse_cell
@@ -24,7 +25,7 @@ from .layout import BiasSites, find_bias_sites, sites_of_term
 from .memory import MemoryEstimate, estimate_memory
 from .recipe import Recipe, parse_recipe
 from .rows import prepare_rows
-from .run import Data, check_base, load_data
+from .run import Data, load_data
 from .scoring import run_steps, score_steps
 from .trainer import BeftSFTTrainer
 
@@ -132,11 +133,14 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         refuse_cell(check.engine, args, quantization, (args.model_init_kwargs or {}).get("dtype"))
     with check.noting():
         check_writable(recipe.output_dir)
-    problems = len(check.problems)
+    base = None
     with check.noting():
-        base = check_base(recipe)
-    if len(check.problems) > problems:
+        refuse_missing_model(recipe.base_model, recipe.model.model_revision)
+        base = base_skeleton(recipe.base_model, args)
+    if base is None:
         return check
+    with check.noting():
+        check_weights(recipe.base_model, args, base)
     with check.noting():
         skeleton = _in_its_dtype(base, args, under_deepspeed=(check.engine or "").startswith("zero"))
         check.parameters = sum(parameter.numel() for parameter in skeleton.parameters())

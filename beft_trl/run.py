@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from . import report
-from .bases import base_skeleton, refuse_missing_model
+from .bases import base_skeleton, check_weights, refuse_missing_model
 from .importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
 from .layout import TERMS
 from .recipe import Recipe, held_out_rows, load_rows, split_names
@@ -31,14 +31,14 @@ class Data(NamedTuple):
     held_out: Dataset | None
 
 
-def check_base(recipe: Recipe) -> Any:
-    """The base model without weights.
+def check_base(recipe: Recipe) -> None:
+    """Refuses a base model that is missing or damaged, before anything of it is loaded.
 
     Raises:
-        OSError, ValueError: if it is not there, or damaged.
+        OSError, ValueError: with what is wrong.
     """
     refuse_missing_model(recipe.base_model, recipe.model.model_revision)
-    return base_skeleton(recipe.base_model, recipe.training)
+    check_weights(recipe.base_model, recipe.training, base_skeleton(recipe.base_model, recipe.training))
 
 
 def load_data(recipe: Recipe) -> Data:

@@ -7,7 +7,13 @@ import torch
 from conftest import make_llama, make_opt
 from safetensors.torch import load_file, save_file
 
-from beft_trl.bases import base_skeleton
+from beft_trl.bases import base_skeleton, check_weights
+
+
+def check(folder, args):
+    skeleton = base_skeleton(str(folder), args)
+    check_weights(str(folder), args, skeleton)
+    return skeleton
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ DAMAGE = {
 def test_a_base_that_is_damaged_or_another_one_is_named(base, make_config, kind):
     DAMAGE[kind](base)
     with pytest.raises((ValueError, OSError), match=str(base)):
-        base_skeleton(str(base), make_config())
+        check(base, make_config())
 
 
 def test_settings_that_make_no_model_are_named(base, make_config):
@@ -75,12 +81,12 @@ def test_settings_that_make_no_model_are_named(base, make_config):
 def test_a_whole_base_passes_in_whatever_files(tmp_path, make_config, model):
     for name, options in (("one", {}), ("shards", {"max_shard_size": "20KB"})):
         model().save_pretrained(tmp_path / name, **options)
-        base_skeleton(str(tmp_path / name), make_config())
+        check(tmp_path / name, make_config())
     (tmp_path / "links").mkdir()
     for file in (tmp_path / "one").iterdir():
         (tmp_path / "links" / file.name).symlink_to(file)
-    base_skeleton(str(tmp_path / "links"), make_config())
+    check(tmp_path / "links", make_config())
     weights = model().state_dict()
     torch.save(weights, tmp_path / "one" / "pytorch_model.bin")
     (tmp_path / "one" / "model.safetensors").unlink()
-    assert base_skeleton(str(tmp_path / "one"), make_config()).device.type == "meta"
+    assert check(tmp_path / "one", make_config()).device.type == "meta"

@@ -181,9 +181,10 @@ def test_check_refuses_a_model_that_does_not_fit_without_its_weights(beft, proje
     found = json.loads(run.stdout)
     assert found["parameters"] == 6_738_415_616
     assert found["memory"]["weights"] == pytest.approx(4 * 6_738_415_616, rel=1e-3)
+    assert run.returncode == 1 and "has no model.safetensors" in found["problems"][0]
     fits = found["memory"]["total"] < found["device_memory"]
-    assert run.returncode == (0 if fits else 1)
-    assert fits or "The run needs about" in found["problems"][0]
+    assert len(found["problems"]) == 2 - fits
+    assert fits or "The run needs about" in found["problems"][1]
 
 
 def test_a_dry_run_loads_the_weights_and_leaves_nothing(beft, project, tmp_path):
@@ -193,7 +194,9 @@ def test_a_dry_run_loads_the_weights_and_leaves_nothing(beft, project, tmp_path)
     assert not (tmp_path / "out").exists()
     broken = tmp_path / "broken"
     shutil.copytree(project / "base", broken)
-    (broken / "model.safetensors").write_bytes(b"nothing")
+    model = make_llama()
+    model.lm_head.weight.data.fill_(float("nan"))  # which no look at names and sizes shows
+    model.save_pretrained(broken)
     run = beft("check", project / "recipe.yaml", "--dry-run", "--model_name_or_path", broken)
     assert run.returncode == 1 and "The dry run of one scoring step" in run.stdout
 
