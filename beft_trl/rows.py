@@ -270,9 +270,10 @@ def check_roles(dataset: Any, name: str, tokenizer: Any, template: str | None = 
                 seen[role] = seen.get(role, 0) + 1 if lost else 0
     passed_over = [role for role, count in seen.items() if count]
     if passed_over:
+        owner = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         raise ValueError(
             f"The chat template passes over the turns of the role {passed_over[0]!r} in {name}: none is in the text "
-            f"that would be learnt. The template of {tokenizer.name_or_path or 'the tokenizer'} must know the "
+            f"that would be learnt. The template of {owner} must know the "
             "role: use others, such as user and assistant, or set chat_template_path."
         )
 
