@@ -309,7 +309,8 @@ def test_names_with_square_brackets_are_printed_as_they_are(beft, project, tmp_p
     ):
         run = beft(*command, columns=1000)
         assert run.returncode == 0, run.stderr
-        assert "[b]" in run.stdout and "[/i]" in run.stdout
+        printed = "".join(run.stdout.split())  # a title is broken where its table ends
+        assert "[b]" in printed and "[/i]" in printed
     run = beft("info", tmp_path / "[b]absent[/i]")
     assert run.returncode == 1 and "[b]absent[/i]" in run.stderr
 

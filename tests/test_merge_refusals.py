@@ -390,8 +390,8 @@ def scores(**values):
 def test_names_that_look_like_markup_are_told_as_they_are(change, named, good, tmp_path):
     shutil.copytree(good, tmp_path / "[b]")
     change(tmp_path / "[b]")
-    output = told(tmp_path / "[b]")
-    assert named in output and "Deltas of" in output and "[b]" in output
+    output = "".join(told(tmp_path / "[b]").split())  # a title is broken where its table ends
+    assert all("".join(text.split()) in output for text in (named, "Deltas of", "[b]"))
 
 
 @pytest.mark.parametrize(

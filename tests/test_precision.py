@@ -64,6 +64,7 @@ def test_fp16_on_a_cpu_is_refused(make_config):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bits_on_a_gpu_are_those_of_a_run_with_the_term_given(make_trainer, precision):
     """fp16 scales its gradients, which no CPU does."""
