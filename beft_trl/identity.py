@@ -124,7 +124,7 @@ def _hash_weights(model: nn.Module) -> str | None:
         if parameter.requires_grad or not parameter.numel():
             continue
         flat = parameter.detach().reshape(-1)
-        sample = flat[torch.linspace(0, len(flat) - 1, SAMPLED_ELEMENTS, device=flat.device).long()]
+        sample = flat[torch.tensor(spread(len(flat), SAMPLED_ELEMENTS), device=flat.device)]
         digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
         digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -135,7 +135,7 @@ def _data(dataset: Any) -> tuple[int | None, str | None]:
     if not hasattr(dataset, "__len__"):
         return None, None
     count = len(dataset)
-    index = sorted({round(row) for row in torch.linspace(0, count - 1, min(count, SAMPLED_ROWS)).tolist()})
+    index = spread(count, SAMPLED_ROWS)
     if isinstance(dataset, Dataset):
         # As Arrow holds them: a transform may draw something else each time.
         sample: Any = dataset.with_format("arrow")[index].to_pydict()
@@ -144,6 +144,12 @@ def _data(dataset: Any) -> tuple[int | None, str | None]:
     else:
         return count, None  # rows of a Dataset of PyTorch's may be made when they are asked for
     return count, xxhash.xxh3_128(json.dumps(sample, default=_plain).encode()).hexdigest()
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` indices of `count`, from the first to the last. In whole numbers: fp32 has none above 2**24."""
+    wanted = min(count, wanted)
+    return [number * (count - 1) // max(wanted - 1, 1) for number in range(wanted)]
 
 
 def _plain(value: Any) -> Any:

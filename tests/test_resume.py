@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from beft_trl.checkpoints import MANIFEST_FILE, mark_complete, refuse_foreign_pickles
+from beft_trl.identity import spread
 
 
 TESTS = Path(__file__).parent
@@ -224,6 +225,14 @@ def test_a_checkpoint_that_does_not_say_its_run_is_taken_on_request_only(make_ru
     with pytest.raises(ValueError, match="allow_changed_resume=True"):
         make_run().train(resume_from_checkpoint=True)
     make_run(allow_changed_resume=True).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 1000, 28_311_552, 2**31 + 7, 2**40 + 1])
+def test_what_is_sampled_goes_from_the_first_to_the_last_of_any_number(count):
+    """28,311,552 is the size of SmolLM2's embedding, which fp32 rounds up to an index that is not there."""
+    index = spread(count, 64)
+    assert index[0] == 0 and index[-1] == count - 1 and len(set(index)) == len(index) == min(count, 64)
+    assert index == sorted(index)
 
 
 MANIFESTS = {
