@@ -175,7 +175,10 @@ class BeftTrainerMixin:
         self.bias_sites = sites
         self.learning_rates: dict[str, float] = {}
         self._deltas = Deltas(self.model, candidates)
-        self._base = identify_base(self.model.get_base_model(), model if isinstance(model, str) else None)
+        # A model without weights, which only a check has, stands for the one of its name.
+        named = isinstance(model, str) or self.model.device.type == "meta"
+        base = self.model.get_base_model()
+        self._base = identify_base(base, base.name_or_path if named else None)
         self.add_callback(_LogScores(self))
 
     def _check_given(self, given: dict[str, Any]) -> None:
