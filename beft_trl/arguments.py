@@ -1,7 +1,6 @@
 """What a trainer was given: its arguments by name, and those that cannot train anything."""
 
 import inspect
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,9 +118,6 @@ def check_settings(args: TrainingArguments, given: tuple[Any, dict] | None = Non
         ImportError: for a package that is not installed.
         ValueError: with the settings, and what is wrong with them.
     """
-    for rate in ("learning_rate", "score_learning_rate", "relative_learning_rate"):
-        if getattr(args, rate) is not None and not math.isfinite(getattr(args, rate)):
-            raise ValueError(f"{rate}={getattr(args, rate)} cannot be: give a number such as 1e-3.")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ImportError("use_liger_kernel=True needs a package that is not installed: pip install liger-kernel.")
     number = nn.Parameter(torch.zeros(1, 1))

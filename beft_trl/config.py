@@ -29,7 +29,15 @@ LEAST = {
     "pad_to_multiple_of": 1,
     "max_length": 2,  # one token to see and one to learn; None cuts nothing off
 }
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "label_smoothing_factor")
+NOT_NEGATIVE = (
+    "learning_rate",
+    "score_learning_rate",
+    "relative_learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "label_smoothing_factor",
+)
 MAPPINGS = ("lr_scheduler_kwargs", "model_init_kwargs", "dataset_kwargs", "gradient_checkpointing_kwargs")
 
 

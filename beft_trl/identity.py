@@ -9,14 +9,15 @@ import torch
 import xxhash
 from datasets import Dataset
 from torch import nn
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
+
+from .weight_files import local_file
 
 
 SAMPLED_ROWS = 1024
 SAMPLED_ELEMENTS = 64  # of each parameter
 SAMPLED_PARTS, PART_BYTES = 64, 4096  # of each file
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.gguf")
-OR_NONE: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
 # The beginnings of the names of settings that do not change what is trained: where and how often a run reports,
 # evaluates and saves, what it computes in and with, and what is recorded elsewhere (term, dtype, engine).
 WITHOUT_EFFECT = (
@@ -101,7 +102,7 @@ def identify_base(model: Any, name: str | None = None) -> dict[str, str | None]:
 
 
 def _hash_files(name: str, revision: str | None) -> str | None:
-    config = cached_file(name, CONFIG_NAME, revision=revision, local_files_only=True, **OR_NONE)
+    config = local_file(name, CONFIG_NAME, revision)
     if config is None:
         return None
     digest = xxhash.xxh3_128()

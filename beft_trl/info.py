@@ -45,7 +45,7 @@ def adapter_report(folder: Path) -> Iterator[Table | Text]:
     yield Text(f"Base: {base}. Trains {term} in {len(deltas)} modules: {trained:,} numbers.")
     if content.saved_whole:
         size = sum(values.numel() for values in content.saved_whole.values())
-        yield Text(f"Trained whole beside it, {size:,} numbers: {', '.join(sorted(content.saved_whole))}.")
+        yield Text(f"Trained whole with it, {size:,} numbers: {', '.join(sorted(content.saved_whole))}.")
     still = [path for path, delta in deltas.items() if not delta.any()]
     if still:
         warning = f"{len(still)} deltas are zero, as if never trained:"
@@ -59,7 +59,7 @@ def adapter_report(folder: Path) -> Iterator[Table | Text]:
 
 
 def _read_scores(file: Path, trained: int) -> tuple[BiasScores | None, Table | None]:
-    """The scores beside an adapter and their table, if there are any."""
+    """The scores next to an adapter and their table, if there are any."""
     if not os.path.lexists(file):
         return None, None
     read_json(file, REMEDY)

@@ -38,7 +38,7 @@ def check_tokens(dataset: Any, name: str, vocabulary: int, positions: int | None
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
-    columns = [column for column in ("input_ids", "labels") if _holds_tokens(dataset, column)]
+    columns = [column for column in ("input_ids", "labels") if holds_tokens(dataset, column)]
     if "input_ids" not in columns:
         return
     learnt, offset = "labels" not in columns, 0
@@ -47,11 +47,11 @@ def check_tokens(dataset: Any, name: str, vocabulary: int, positions: int | None
             lists = batch[column]
             lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
             numbers = pc.list_flatten(lists)
-            least = IGNORED if column == "labels" else 0
             wrong = pc.or_(pc.greater_equal(numbers, vocabulary), pc.less(numbers, 0))
             if column == "labels":
-                wrong = pc.and_(wrong, pc.not_equal(numbers, least))
-                learnt = learnt or bool(pc.any(pc.not_equal(numbers, IGNORED)).as_py())
+                counted = pc.not_equal(numbers, IGNORED)
+                wrong = pc.and_(wrong, counted)
+                learnt = learnt or bool(pc.any(counted).as_py())
             found = pc.index(wrong, True).as_py()
             if found >= 0:
                 row = offset + pc.list_parent_indices(lists)[found].as_py()
@@ -75,13 +75,14 @@ def position_limit(model: Any) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and POSITION_TABLE.search(f"{name}.{type(module).__name__}"):
-            # RoBERTa counts from behind its padding token.
+            # RoBERTa's first position comes after that of its padding token.
             first = module.padding_idx + 1 if module.padding_idx is not None else 0
             return limit - first if limit is not None else None
     return None
 
 
-def _holds_tokens(dataset: Dataset, column: str) -> bool:
+def holds_tokens(dataset: Dataset, column: str) -> bool:
+    """Whether a column is there, and is a list of whole numbers in each row."""
     feature = dataset.features.get(column)
     return "int" in str(getattr(getattr(feature, "feature", None), "dtype", ""))
 

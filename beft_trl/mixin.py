@@ -121,6 +121,7 @@ class BeftTrainerMixin:
     model: Any
     bias_scores: BiasScores | None = None
     selected_bias_term: str | None = None
+    _run: dict[str, Any]  # what identifies it, for its checkpoints; from `find_checkpoint` on
     _heat_map: bytes | None = None
     _resumed_at = 0  # optimizer steps of the checkpoint that a run goes on from
     _losses: Tensor | None = None  # sum over the batches of an optimizer step
@@ -254,7 +255,7 @@ class BeftTrainerMixin:
             checkpoint, scores, rates, self._resumed_at = resumed
             self._select(scores, rates)
         elif self.bias_scores is None:
-            warn_of_other_runs(self.args.output_dir, self._identity())
+            warn_of_other_runs(self.args.output_dir, self._run)
             self._choose(self._trained_term() or self.args.bias_term)
         if self.model_wrapped is self.model:
             # An evaluation before the run marks the model as prepared, and DDP would be left out.
@@ -277,22 +278,20 @@ class BeftTrainerMixin:
         Raises:
             ValueError: for an output folder or a checkpoint of a different run, or another user's ZeRO checkpoint.
         """
+        self._run = identify_run(self.model.get_base_model(), self.args, self.train_dataset, self._base)
         checkpoint = checkpoint_to_resume(self.args.output_dir, asked)
         if checkpoint is None:
             if self.bias_scores is None:
                 base = self.model.get_base_model().name_or_path
                 refuse_foreign_output(self.args.output_dir, base, self.args.bias_term)
             return None
-        refuse_other_run(checkpoint, engine, processes, self._identity(), self.args.allow_changed_resume)
+        refuse_other_run(checkpoint, engine, processes, self._run, self.args.allow_changed_resume)
         if engine.startswith("zero"):
             refuse_foreign_pickles(checkpoint, self.args.trust_checkpoint)
         term, relative = self.selected_bias_term or self.args.bias_term, self.args.relative_learning_rate
         scores, rates = recorded_selection(checkpoint, term, relative)
         refuse_other_tensors(checkpoint, adapter_shapes(self.model, self._sites_of(scores)))
         return Resumed(checkpoint, scores, rates, steps_of(checkpoint))
-
-    def _identity(self) -> dict[str, Any]:
-        return identify_run(self.model.get_base_model(), self.args, self.train_dataset, self._base)
 
     def _trained_term(self) -> str | None:
         """The term of an adapter that the model came with and that has been trained before."""
@@ -424,7 +423,7 @@ class BeftTrainerMixin:
                     super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    mark_complete(checkpoint, engine_of(self.args), self.args.world_size, self._identity())
+                    mark_complete(checkpoint, engine_of(self.args), self.args.world_size, self._run)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:

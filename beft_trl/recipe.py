@@ -75,10 +75,10 @@ class RecipeParser(TrlParser):
             # argparse checks choices for the command line only.
             if action.choices and value is not None and str(value) not in map(str, action.choices):
                 known = ", ".join(map(repr, action.choices))
-                word = "yes" if value is True else "no"
-                hint = f': YAML reads {word} without quotes as {value}; write "{word}" in quotes' * isinstance(
-                    value, bool
-                )
+                hint = ""
+                if isinstance(value, bool):
+                    word = "yes" if value else "no"
+                    hint = f': YAML reads {word} without quotes as {value}; write "{word}" in quotes'
                 self.error(f"{action.dest}={value!r} is not one of {known}{hint}")
         self._check_mixture(values.get("datasets") or [])
         values = {key: _numbers_in(value) for key, value in values.items()}

@@ -12,6 +12,8 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from trl.data_utils import is_conversational
 
+from .labels import holds_tokens
+
 
 logger = get_logger(__name__)
 
@@ -139,7 +141,7 @@ def _check_tokenized(rows: Any, columns: list[str], name: str) -> None:
     if not isinstance(rows, Dataset):
         rows = Dataset.from_list([{column: row[column] for column in columns} for row in islice(rows, 1)])
     for column in columns:
-        if "int" not in str(getattr(getattr(rows.features[column], "feature", None), "dtype", "")):
+        if not holds_tokens(rows, column):
             row = next((cells for cells in rows[column] if cells), None)
             raise ValueError(f"{column!r} of {name} is {row!r:.60}, and must be a list of whole numbers in each row.")
     offset = 0
@@ -310,6 +312,4 @@ def render(turns: list, row: dict[str, Any], tokenizer: Any, template: str | Non
     tools = row.get("tools")
     options |= {"chat_template": template, "tools": json.loads(tools) if isinstance(tools, str) else tools}
     options |= row.get("chat_template_kwargs") or {}
-    return tokenizer.apply_chat_template(
-        turns, tokenize=False, **{**options, **(row.get("chat_template_kwargs") or {})}
-    )
+    return tokenizer.apply_chat_template(turns, tokenize=False, **options)

@@ -4,7 +4,8 @@ import os
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+
+from .weight_files import local_file
 
 
 TEMPLATE_FILES = (".jinja", ".j2")
@@ -58,9 +59,7 @@ def _refuse_new(model: Any, name: str, tokenizer: PreTrainedTokenizerBase | None
         size = AutoConfig.from_pretrained(name, **where).get_text_config().vocab_size
         new = [token for token, index in vocabulary.items() if index >= size]
         # Transformers makes up a tokenizer for a folder that has none.
-        if not new and cached_file(
-            name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **where
-        ):
+        if not new and local_file(name, "tokenizer_config.json", where["revision"]):
             known = AutoTokenizer.from_pretrained(name, **where).get_vocab()
             new = [token for token in vocabulary if token not in known]
     except (OSError, ValueError, AttributeError):

@@ -108,6 +108,8 @@ OUT_OF_RANGE = {
     "pad_to_multiple_of": [0],
     "max_steps": [0, -5, 2.5],
     "learning_rate": [-1e-3, float("nan"), float("inf"), "1e-3"],
+    "score_learning_rate": [float("inf")],
+    "relative_learning_rate": [float("inf")],
     "weight_decay": [-0.1],
     "lr_scheduler_kwargs": ["text"],
     "gradient_checkpointing_kwargs": ["text", [1]],
