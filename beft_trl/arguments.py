@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token, is_offline_mode
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
@@ -89,6 +90,19 @@ def refuse_arguments(given: dict[str, Any]) -> None:
         )
 
 
+def refuse_encoder(model: Any) -> None:
+    """Refuses a model that does not generate text, at which `SFTTrainer` stops with an error of its own.
+
+    Raises:
+        ValueError: with the class of the model.
+    """
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} does not generate text, and SFTTrainer trains models that do. Give a causal "
+            "language model, or train the head of an encoder's task with BeftTrainer."
+        )
+
+
 def refuse_unknown_metric(args: TrainingArguments, eval_dataset: Any, compute_metrics: Callable | None) -> None:
     """Refuses a `metric_for_best_model` that no evaluation gives, which Transformers says after the first one.
 
@@ -118,6 +132,7 @@ def check_settings(args: TrainingArguments, given: tuple[Any, dict] | None = Non
         ImportError: for a package that is not installed.
         ValueError: with the settings, and what is wrong with them.
     """
+    refuse_push(args)
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ImportError("use_liger_kernel=True needs a package that is not installed: pip install liger-kernel.")
     number = nn.Parameter(torch.zeros(1, 1))
@@ -147,6 +162,18 @@ def check_settings(args: TrainingArguments, given: tuple[Any, dict] | None = Non
             f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={args.lr_scheduler_kwargs} and "
             f"warmup_steps={args.warmup_steps}: {error}."
         ) from error
+
+
+def refuse_push(args: TrainingArguments) -> None:
+    """Refuses `push_to_hub` without a hub or a token, which Transformers asks for once weights are loaded.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    if args.push_to_hub and is_offline_mode():
+        raise ValueError("push_to_hub=True, and HF_HUB_OFFLINE is set: leave one of the two out.")
+    if args.push_to_hub and not (args.hub_token or get_token()):
+        raise ValueError("push_to_hub=True, and there is no token for the hub: hf auth login, or give hub_token.")
 
 
 def refuse_absent_anchor(args: TrainingArguments, sites: BiasSites) -> None:

@@ -1,9 +1,14 @@
 """The base model of a recipe, looked at before anything of it is loaded: its configuration, and its weight files."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
+from transformers import GenerationConfig
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -57,16 +62,30 @@ def base_skeleton(name: str, args: Any) -> Any:
         args (`TrainingArguments`): with `model_init_kwargs`.
 
     Raises:
+        ImportError: for weights that are quantised by a package which is not installed.
         OSError, ValueError: for a configuration that makes no model.
     """
     try:
-        return skeleton_of(name, args)
-    except (OSError, ValueError):  # these say themselves what is wrong
+        skeleton = skeleton_of(name, args)
+        _check_quantization(name, getattr(skeleton.config, "quantization_config", None))
+        with suppress(OSError):  # there is none, or none that Transformers reads: it goes on without
+            GenerationConfig.from_pretrained(name)
+        return skeleton
+    except (OSError, ValueError, ImportError):  # these say themselves what is wrong
         raise
     except DAMAGE as error:
         raise ValueError(
             f"The {CONFIG_NAME} of {name}, with model_init_kwargs, makes no model ({first_line(error)}). {AGAIN}"
         ) from error
+
+
+def _check_quantization(name: str, quantization: Any) -> None:
+    if quantization is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(quantization).validate_environment(device_map=None)
+    except DAMAGE as error:
+        raise ValueError(f"{name} is quantised in a way that cannot be read here: {first_line(error)}.") from error
 
 
 def check_weights(name: str, args: Any, skeleton: Any) -> None:
@@ -91,6 +110,16 @@ def check_weights(name: str, args: Any, skeleton: Any) -> None:
         _check_files(CheckpointFiles(folder, skeleton), skeleton)
     elif not any((folder / file).is_file() for file in PICKLED):
         raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no other weights of a model. {AGAIN}")
+    else:
+        for file in folder.glob("pytorch_model*.bin"):
+            _check_pickle(file)
+
+
+def _check_pickle(file: Path) -> None:
+    try:
+        torch.load(file, map_location="meta", weights_only=True)  # reads no numbers
+    except (*DAMAGE, UnpicklingError, EOFError) as error:
+        raise ValueError(f"{file} is no weight file of PyTorch's ({first_line(error)}). {AGAIN}") from error
 
 
 def _check_files(files: CheckpointFiles, skeleton: Any) -> None:

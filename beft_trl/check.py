@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTTrainer, get_quantization_config
 
+from .arguments import refuse_push
 from .bases import base_skeleton, check_weights, refuse_missing_model
 from .checkpoints import check_writable
 from .config import BeftSFTConfig
@@ -133,6 +134,8 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         refuse_cell(check.engine, args, quantization, (args.model_init_kwargs or {}).get("dtype"))
     with check.noting():
         check_writable(recipe.output_dir)
+    with check.noting():
+        refuse_push(args)
     base = None
     with check.noting():
         refuse_missing_model(recipe.base_model, recipe.model.model_revision)

@@ -117,6 +117,9 @@ def damage(checkpoint: str | Path) -> str | None:
         files = _manifest(folder)["files"]
     except ValueError as error:
         return str(error)
+    for path in folder.glob("*.pt*"):
+        if path.is_dir():
+            return f"{path.name} is a folder"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -326,6 +329,9 @@ def refuse_other_tensors(checkpoint: str | Path, expected: dict[str, tuple[int, 
         with safe_open(file, "pt") as adapter:
             names = adapter.keys()
             found = {name: tuple(adapter.get_slice(name).get_shape()) for name in names}
+            broken = next((name for name in names if not adapter.get_tensor(name).isfinite().all()), None)
+        if broken:
+            raise ValueError(f"{broken} is not finite")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read ({error}): take another checkpoint.") from error
     wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
@@ -348,7 +354,7 @@ def steps_of(checkpoint: str | Path) -> int:
     try:
         step = json.loads(file.read_text(encoding="utf-8"))["global_step"]
         TrainerState.load_from_json(str(file))
-        if not isinstance(step, int):
+        if not isinstance(step, int) or step < 0:
             raise TypeError(f"global_step is {step!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): take another checkpoint.") from error

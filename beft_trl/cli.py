@@ -217,8 +217,12 @@ def _tell(report: "MergeReport") -> None:
         say("Not verified: the logits were not compared.")
 
 
-def main() -> None:
-    """The entry point: errors are one paragraph on stderr, unless `--debug` asks for the traceback."""
+@contextmanager
+def explained_errors() -> Iterator[None]:
+    """Ends the process with one paragraph on stderr for an error that explains itself, unless `--debug` is given.
+
+    An interruption ends it with 130. Other errors are defects, and keep their traceback.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # rows and paths have letters that a terminal may not have
@@ -226,8 +230,7 @@ def main() -> None:
     renamed = "`(is_)?gradient_checkpointing` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     try:
-        # Not standalone, where Ctrl-C would end in 1.
-        sys.exit(app(standalone_mode=False) or 0)
+        yield
     except (typer.Abort, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
@@ -239,6 +242,12 @@ def main() -> None:
             raise
         Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(str(error))}")
         sys.exit(1)
+
+
+def main() -> None:
+    """The entry point of the `beft` command."""
+    with explained_errors():
+        sys.exit(app(standalone_mode=False) or 0)  # not standalone, where Ctrl-C would end in 1
 
 
 if __name__ == "__main__":

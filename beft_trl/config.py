@@ -33,6 +33,7 @@ NOT_NEGATIVE = (
     "learning_rate",
     "score_learning_rate",
     "relative_learning_rate",
+    "neftune_noise_alpha",
     "weight_decay",
     "max_grad_norm",
     "warmup_steps",
@@ -226,6 +227,8 @@ def _check_ranges(args: Any) -> None:
         value = getattr(args, name, None)
         if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
             raise ValueError(f"{name}={value!r} cannot be: give a number of at least 0.")
+    if args.label_smoothing_factor > 1:
+        raise ValueError(f"label_smoothing_factor={args.label_smoothing_factor!r} cannot be: give 0 to 1.")
     steps, epochs = args.max_steps, args.num_train_epochs
     if not isinstance(steps, int) or (steps < 1 and steps != -1):
         raise ValueError(f"max_steps={steps!r} cannot be: give at least 1, or -1 to go by num_train_epochs.")

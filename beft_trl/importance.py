@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import BiasSite
+from .layout import TERMS, BiasSite
 
 
 SCORES_FILE = "beft_scores.json"
@@ -176,7 +176,7 @@ class BiasScores:
         """Reads what `to_json` wrote.
 
         Raises:
-            ValueError: where the file is not JSON or lacks a key, with the path and the reason.
+            ValueError: if the file is not JSON, lacks a key or has a value that no run writes, with path and reason.
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -189,13 +189,27 @@ class BiasScores:
                 for name, term in record["terms"].items()
             }
             fields = {name: record[name] for name in ("selected", "method", "anchor", "steps", "base_model")}
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            _check_values(terms, **fields)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} does not hold the scores of a BEFT run ({type(error).__name__}: {error}). "
                 "Use a folder that a BEFT run wrote, or train again."
             ) from error
         optional = {name: record[name] for name in OPTIONAL_KEYS if name in record}
         return cls(terms=terms, **fields, **optional)
+
+
+def _check_values(terms: dict[str, TermScores], selected: Any, method: Any, **others: Any) -> None:
+    if not set(terms) <= set(TERMS) or selected not in (*TERMS, "all") or method not in (*SCORE_OF_METHOD, None):
+        raise ValueError(f"terms={list(terms)}, selected={selected!r}, method={method!r}")
+    if selected != "all" and selected not in terms:
+        raise ValueError(f"selected={selected!r} is not among the terms")
+    scored = [value for term in terms.values() for layer in term.layers for value in asdict(layer).values()]
+    sizes = [term.parameters for term in terms.values()]
+    if not all(isinstance(value, (int, float)) for value in (*scored, *sizes, others["steps"])):
+        raise TypeError("a score, a size or a number of steps is no number")
+    if not isinstance(others["base_model"], str) or others["anchor"] not in ("bias", "activation", None):
+        raise TypeError(f"base_model={others['base_model']!r}, anchor={others['anchor']!r}")
 
 
 def recorded_learning_rates(path: str | Path) -> dict[str, float]:

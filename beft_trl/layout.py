@@ -1,5 +1,6 @@
 """Where the query, key and value bias of every attention layer lives, and which of them cannot matter."""
 
+import inspect
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,14 @@ _QUERY_NAME = re.compile(r"^(?P<head>(?:\w*_)?w?)(?P<query>query|q)(?P<tail>(?:_
 _TERM_LETTERS = {"q": ("q", "k", "v"), "query": ("query", "key", "value")}
 # Arguments of `from_pretrained` that are no fields of the configuration, though it would take them.
 LOADING_ONLY = ("quantization_config", "device_map", "attn_implementation", "dtype")
+# Those that `PreTrainedModel.from_pretrained` (Transformers 5.23) takes without naming them in its signature.
+LOADING = (
+    *LOADING_ONLY, "adapter_kwargs", "adapter_name", "allow_all_kernels", "device_mesh", "distributed_config",
+    "experts_implementation", "from_flax", "from_tf", "generation_config", "gguf_file", "kernel_config", "key_mapping",
+    "low_cpu_mem_usage", "max_memory", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
+    "output_loading_info", "proxies", "state_dict", "subfolder", "torch_dtype", "tp_plan", "tp_size", "tqdm_class",
+    "trust_remote_code", "use_kernels", "variant",
+)  # fmt: skip
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
 
 # Attention classes of Transformers whose query, key and value share one matrix, with the order of its rows, each read
@@ -201,7 +210,17 @@ def skeleton_of(name: str, args: Any, auto_class: Any = None) -> nn.Module:
     trust = init.get("trust_remote_code", getattr(args, "trust_remote_code", False))
     # What is left of these Transformers takes for fields of the configuration, as it does when it loads the weights.
     options = {key: value for key, value in init.items() if key not in (*LOADING_ONLY, "trust_remote_code")}
-    return build_skeleton(AutoConfig.from_pretrained(name, trust_remote_code=trust, **options), trust, auto_class)
+    config, unknown = AutoConfig.from_pretrained(name, trust_remote_code=trust, return_unused_kwargs=True, **options)
+    skeleton = build_skeleton(config, trust, auto_class)
+    takers: Any = (transformers.PreTrainedModel.from_pretrained, type(skeleton).__init__)
+    taken = {*LOADING, *(name for taker in takers for name in inspect.signature(taker).parameters)}
+    unknown = [key for key in unknown if key not in taken]
+    if unknown:
+        raise ValueError(
+            f"model_init_kwargs has {', '.join(unknown)}, which from_pretrained and {type(config).__name__} do not "
+            "know. Leave it out, or look at its spelling."
+        )
+    return skeleton
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False, auto_class: Any = None) -> nn.Module:

@@ -129,17 +129,17 @@ class BeftTrainerMixin:
     def __init__(self, *positional: Any, **kwargs: Any):
         given = arguments_by_name(super().__init__, positional, kwargs)
         refuse_arguments(given)
-        self._check_given(given)
         model, args = given["model"], given["args"]
         check_writable(args.output_dir)
         if isinstance(model, str):
             init = args.model_init_kwargs or {}
             quantization = given.get("quantization_config") or init.get("quantization_config")
             refuse_cell(engine_of(args), args, quantization, init.get("dtype"))
-        known_tokens_only(given)
         # RewardTrainer loads a model that is named with a new head.
         auto_class = AutoModelForSequenceClassification if isinstance(self, RewardTrainer) else None
         skeleton = skeleton_of(model, args, auto_class) if isinstance(model, str) else model
+        self._check_given(given, skeleton)
+        known_tokens_only(given, skeleton.config)
         sites = find_bias_sites(skeleton)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
         candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
@@ -182,8 +182,8 @@ class BeftTrainerMixin:
         self._base = identify_base(base, base.name_or_path if named else None)
         self.add_callback(_LogScores(self))
 
-    def _check_given(self, given: dict[str, Any]) -> None:
-        """Refuses arguments, by name, before anything is loaded; for trainers that know what their data must be."""
+    def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
+        """Refuses arguments and models before weights are loaded; for trainers that know what theirs must be."""
 
     def _check_tokens(self) -> None:
         embedding = self.model.get_input_embeddings().weight

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
 from . import report
-from .arguments import check_settings, refuse_absent_anchor, refuse_unknown_metric
+from .arguments import check_settings, refuse_absent_anchor, refuse_encoder, refuse_unknown_metric
 from .config import BeftSFTConfig, BeftTrainingArguments
 from .labels import drop_masked, refuse_too_few_rows
 from .mixin import BeftTrainerMixin
@@ -51,8 +51,9 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
         refuse_absent_anchor(args, self.bias_sites)
         refuse_too_few_rows(self)
 
-    def _check_given(self, given: dict[str, Any]) -> None:
+    def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
         args, formatting = given["args"], given.get("formatting_func")
+        refuse_encoder(skeleton)
         check_settings(args, given.get("optimizer_cls_and_kwargs"))
         refuse_unknown_metric(args, given.get("eval_dataset"), given.get("compute_metrics"))
 

@@ -12,7 +12,7 @@ TEMPLATE_FILES = (".jinja", ".j2")
 WHY = "Their embeddings are random, and a run that trains a bias neither trains nor saves them."
 
 
-def known_tokens_only(given: dict[str, Any]) -> None:
+def known_tokens_only(given: dict[str, Any], config: Any) -> None:
     """Refuses tokens whose embeddings would be neither trained nor saved, and takes a chat template without them.
 
     TRL copies the template of another model together with its tokens, and then resizes the embeddings. If there is no
@@ -20,6 +20,7 @@ def known_tokens_only(given: dict[str, Any]) -> None:
 
     Args:
         given (`dict`): the arguments of a trainer by name. `processing_class` and `args` are changed.
+        config (`PreTrainedConfig`): of the model.
 
     Raises:
         ValueError: for tokens that the base does not have, from a template or a tokenizer.
@@ -45,23 +46,24 @@ def known_tokens_only(given: dict[str, Any]) -> None:
         tokenizer.eos_token = template.eos_token
         args.chat_template_path = None
         given["processing_class"] = processor
-    elif processor is not None and not isinstance(model, str):
-        _refuse_new(model, name, _tokenizer(processor))
+    elif processor is not None:
+        _refuse_new(config, name, _tokenizer(processor))
 
 
-def _refuse_new(model: Any, name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _refuse_new(config: Any, name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
     if not name or tokenizer is None:
         return  # a model that was made, not loaded: there is nothing to compare with
     vocabulary = tokenizer.get_vocab()
     new: list[str] = []
     try:
-        where: Any = {"revision": getattr(model.config, "_commit_hash", None), "local_files_only": True}
-        size = AutoConfig.from_pretrained(name, **where).get_text_config().vocab_size
-        new = [token for token, index in vocabulary.items() if index >= size]
+        where: Any = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
         # Transformers makes up a tokenizer for a folder that has none.
-        if not new and local_file(name, "tokenizer_config.json", where["revision"]):
+        if local_file(name, "tokenizer_config.json", where["revision"]):
             known = AutoTokenizer.from_pretrained(name, **where).get_vocab()
             new = [token for token in vocabulary if token not in known]
+        else:
+            size = AutoConfig.from_pretrained(name, **where).get_text_config().vocab_size
+            new = [token for token, index in vocabulary.items() if index >= size]
     except (OSError, ValueError, AttributeError):
         pass  # the base is not at hand any more, or has no tokenizer
     # Padding is masked, so that its embedding does not matter.

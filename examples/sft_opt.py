@@ -16,15 +16,21 @@ import sys
 
 from accelerate import PartialState
 
+from beft_trl.cli import explained_errors
 from beft_trl.demo import DEMO_MODEL, DEMO_RECIPE, make_demo
 from beft_trl.recipe import parse_recipe
 from beft_trl.run import leave, train
 
 
-if __name__ == "__main__":
+def main() -> None:
     named = [] if any(each.split("=")[0] == "--config" for each in sys.argv) else ["--config", str(DEMO_RECIPE)]
     recipe = parse_recipe([*named, *sys.argv[1:]])
     with PartialState().main_process_first():
         if recipe.base_model == str(DEMO_MODEL):
             make_demo()
     leave(train(recipe))
+
+
+if __name__ == "__main__":
+    with explained_errors():
+        main()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
 from peft import BeftConfig, LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, Trainer, TrainingArguments
 
 from beft_trl import BeftSFTTrainer, BeftTrainer, BeftTrainingArguments, find_bias_sites
 
@@ -111,6 +111,8 @@ OUT_OF_RANGE = {
     "score_learning_rate": [float("inf")],
     "relative_learning_rate": [float("inf")],
     "weight_decay": [-0.1],
+    "neftune_noise_alpha": [-1],
+    "label_smoothing_factor": [1.5, -0.1],
     "lr_scheduler_kwargs": ["text"],
     "gradient_checkpointing_kwargs": ["text", [1]],
     "log_level": ["loud"],
@@ -121,6 +123,27 @@ OUT_OF_RANGE = {
 def test_a_value_with_which_no_run_makes_sense_is_refused_by_name(make_config, name, value):
     with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))}"):
         make_config(**{name: value})
+
+
+def test_a_push_without_a_hub_or_a_token_is_refused_before_weights_are_loaded(make_trainer, tmp_path, monkeypatch):
+    make_llama().config.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
+        make_trainer(base, push_to_hub=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "no file")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="token"):
+        make_trainer(base, push_to_hub=True)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("task", [BertForMaskedLM, BertForSequenceClassification])
+def test_an_encoder_is_refused_by_its_class(make_trainer, tmp_path, task, named):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    task(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=task.__name__):
+        make_trainer(str(tmp_path / "base") if named else task.from_pretrained(tmp_path / "base"))
 
 
 @pytest.mark.parametrize("epochs", [0, -1, float("inf"), float("nan")])

@@ -1,13 +1,18 @@
 """A base model that is missing, damaged or another one than its configuration says is refused before it is loaded."""
 
+import inspect
 import json
+import re
 
 import pytest
 import torch
 from conftest import make_llama, make_opt
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.utils import is_gptqmodel_available, is_optimum_available
 
 from beft_trl.bases import base_skeleton, check_weights
+from beft_trl.layout import LOADING
 
 
 def check(folder, args):
@@ -42,6 +47,15 @@ def without(part):
     return tensors(lambda weights: {name: values for name, values in weights.items() if part not in name})
 
 
+def pickled(change):
+    def damage(base):
+        torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+        change(base / "pytorch_model.bin")
+
+    return damage
+
+
 DAMAGE = {
     "no weights": lambda base: (base / "model.safetensors").unlink(),
     "empty weights": lambda base: (base / "model.safetensors").write_bytes(b""),
@@ -62,6 +76,10 @@ DAMAGE = {
     "a number that is text": config(intermediate_size="many"),
     "an activation that is none": config(hidden_act="bogus"),
     "a dtype that is none": config(dtype="bogus"),
+    "a pickle of garbage": pickled(lambda path: path.write_bytes(b"cos\nsystem\n")),
+    "a pickle that ends early": pickled(lambda path: path.write_bytes(path.read_bytes()[:2000])),
+    "settings for generation that are a list": lambda base: (base / "generation_config.json").write_text("[]"),
+    "a quantisation that is none": config(quantization_config={"quant_method": "bogus"}),
 }
 
 
@@ -75,6 +93,27 @@ def test_a_base_that_is_damaged_or_another_one_is_named(base, make_config, kind)
 def test_settings_that_make_no_model_are_named(base, make_config):
     with pytest.raises(ValueError, match="model_init_kwargs"):
         base_skeleton(str(base), make_config(model_init_kwargs={"num_hidden_layers": "x"}))
+
+
+@pytest.mark.parametrize("name", ["no_such", "num_hiden_layers"])
+def test_a_setting_that_neither_model_nor_loading_knows_is_named(base, make_config, name):
+    with pytest.raises(ValueError, match=name):
+        base_skeleton(str(base), make_config(model_init_kwargs={name: 1, "low_cpu_mem_usage": True}))
+
+
+def test_what_from_pretrained_takes_is_known(base, make_config):
+    """By the names that its own source takes out of its keyword arguments."""
+    source = inspect.getsource(PreTrainedModel.from_pretrained)
+    names = [name for name in re.findall(r'kwargs\.pop\(\s*"(\w+)"', source) if not name.startswith("_")]
+    assert len(names) > 20 and set(names) <= set(LOADING)
+
+
+def test_weights_that_need_a_package_that_is_absent_are_refused(base, make_config):
+    config(quantization_config={"quant_method": "gptq", "bits": 4})(base)
+    if is_optimum_available() and is_gptqmodel_available():
+        pytest.skip("the package is here")
+    with pytest.raises(ImportError, match="optimum|gptqmodel"):
+        base_skeleton(str(base), make_config())
 
 
 @pytest.mark.parametrize("model", [make_llama, make_opt])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from beft_trl.checkpoints import MANIFEST_FILE, damage, last_complete_checkpoint, mark_complete
 
@@ -88,6 +88,41 @@ def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused(run):
     checkpoint = Path(trainer.args.output_dir) / "checkpoint-4"
     truncate(checkpoint / "trainer_state.json")
     with pytest.raises(ValueError, match="checkpoint-4 cannot be resumed: trainer_state.json has"):
+        make().train(resume_from_checkpoint=str(checkpoint))
+
+
+def change_adapter(folder, value):
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor * value for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def change_state(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps(state | {"global_step": -1}))
+
+
+def change_to_a_folder(folder):
+    (folder / "optimizer.pt").unlink()
+    (folder / "optimizer.pt").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: change_adapter(folder, float("nan")), "not finite"),
+        (lambda folder: change_adapter(folder, float("inf")), "not finite"),
+        (change_state, "global_step is -1"),
+        (change_to_a_folder, "optimizer.pt is a folder"),
+    ],
+)
+def test_what_no_run_writes_is_refused_under_a_manifest_that_fits_it(run, spoil, named):
+    trainer, make = run
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-4"
+    written = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    (checkpoint / MANIFEST_FILE).unlink()
+    spoil(checkpoint)
+    mark_complete(checkpoint, written["engine"], written["processes"], written["run"])
+    with pytest.raises(ValueError, match=named):
         make().train(resume_from_checkpoint=str(checkpoint))
 
 

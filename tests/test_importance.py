@@ -117,7 +117,27 @@ def test_json_has_the_documented_keys_and_comes_back_equal(scores, tmp_path):
     assert BiasScores.from_json(tmp_path / "scores.json") == scores
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"selected": "value"}', '{"terms": {"value": 3}}'])
+GOOD = {"selected": "value", "method": None, "anchor": None, "steps": 0, "base_model": "m"}
+TERM = {"parameters": 4, "dead": None, "layers": []}
+WRONG = [
+    {"selected": "output"}, {"selected": "key"}, {"selected": 7}, {"method": "best"}, {"anchor": "mean"},
+    {"steps": "two"}, {"base_model": 7}, {"terms": {"output": TERM}}, {"terms": {"value": TERM | {"parameters": "4"}}},
+    {"terms": {"value": TERM | {"layers": [{"layer": 0, "importance": "x", "magnitude": 1, "fisher": 1}]}}},
+]  # fmt: skip
+
+
+def test_the_good_record_is_read(tmp_path):
+    (tmp_path / "beft_scores.json").write_text(json.dumps({**GOOD, "terms": {"value": TERM}}))
+    assert BiasScores.from_json(tmp_path / "beft_scores.json").selected == "value"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "[" * 100_000, '{"selected": "value"}', '{"terms": {"value": 3}}'),
+        *(json.dumps({**GOOD, "terms": {"value": TERM}, **wrong}) for wrong in WRONG),
+    ],
+)
 def test_a_damaged_file_is_named(content, tmp_path):
     path = tmp_path / "beft_scores.json"
     path.write_text(content)

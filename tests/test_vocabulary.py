@@ -93,3 +93,23 @@ def test_a_new_token_for_padding_and_rows_without_a_token_do_no_harm(train, tmp_
     tokenizer.add_special_tokens({"pad_token": "<padding>"})
     model.resize_token_embeddings(VOCABULARY + 8)
     train(model, tokenizer)
+
+
+def test_new_tokens_in_spare_rows_of_a_named_base_are_refused(train, tmp_path):
+    base = save(tmp_path / "base", rows=2 * VOCABULARY)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["newword"])
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="'newword'"):
+        train(base, tokenizer)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_base_with_more_tokens_than_rows_trains_on_those_that_have_one(train, tmp_path, named):
+    base = save(tmp_path / "base", tokens=["<none>"])
+    load = str if named else AutoModelForCausalLM.from_pretrained
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train(load(base), tokenizer)
+    rows = Dataset.from_list([{"prompt": "w1", "completion": " <none>"}] * 8)
+    with pytest.raises(ValueError, match=str(VOCABULARY)):
+        train(load(base), tokenizer, rows)

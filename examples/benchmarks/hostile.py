@@ -220,8 +220,8 @@ no  bias_term: output | bias_term: Value | bias_term: [value] | bias_term: {a: 1
 ok  bias_term: key | bias_term: all | bias_term: auto | score_method: fisher
 -   bias_term: null | model_name_or_path: ~/llama | disable_tqdm: text | learning_rate: 1e30
 -   gradient_accumulation_steps: 1.0 | train_file: ~/rows.jsonl
-no  bias_term: key; model_name_or_path: opt | score_method: gradient | score_method: [beft] | torch_dtype: float32
-ok  bias_term: auto; model_name_or_path: opt; score_anchor: bias
+no  bias_term: key; model_name_or_path: opt | score_method: gradient | score_method: [beft]
+ok  bias_term: auto; model_name_or_path: opt; score_anchor: bias | torch_dtype: float32
 ok  relative_learning_rate: 3e-2; model_name_or_path: opt
 no  bias_term: auto; score_anchor: bias | bias_term: auto; score_anchor: mean | bias_term: auto; score_steps: 0
 no  bias_term: auto; score_steps: 2.5 | bias_term: auto; score_steps: 1000 | bias_term: auto; score_learning_rate: 0
@@ -231,8 +231,8 @@ late bias_term: auto; score_learning_rate: 1e30
 no  learning_rate: 0 | learning_rate: -1e-3 | learning_rate: .nan | learning_rate: .inf | learning_rate: fast
 no  learning_rate: [1e-3] | learning_rate: {a: 1} | learning-rate: 1e-3 | lerning_rate: 1e-3
 no  relative_learning_rate: .inf
-ok  learning_rate: 1e-3 | learning_rate: '0.01' | relative_learning_rate: 1e-1 | weight_decay: 0 | weight_decay: 0.0
-no  weight_decay: 0.1 | weight_decay: -1 | weight_decay: none | relative_learning_rate: a tenth
+ok  learning_rate: 1e-3 | learning_rate: '0.01' | relative_learning_rate: 1e-1 | weight_decay: 0 | weight_decay: 0.1
+no  weight_decay: -1 | weight_decay: none | relative_learning_rate: a tenth
 no  max_steps: 1.5 | max_steps: many | max_steps: [2] | max_steps: 0; num_train_epochs: 0
 -   max_steps: true | max_steps: 2e0 | max_steps: 0:02 | max_steps: 0b10
 ok  max_steps: '2' | max_steps: 0x2 | max_steps: -1; num_train_epochs: 0.1
@@ -256,13 +256,15 @@ no  seed: zero | seed: 1.5 | label_smoothing_factor: 2 | label_smoothing_factor:
 -   seed: -1 | seed: 4294967296 | seed: 1180591620717411303424 | seed: null | neftune_noise_alpha: -1
 -   full_determinism: true
 no  dtype: float33 | dtype: int8 | dtype: complex64 | bf16: maybe | bf16: true; fp16: true | log_level: loud
-ok  dtype: auto | dtype: bfloat16 | model_init_kwargs: {torch_dtype: bfloat16}
+ok  dtype: auto | dtype: bfloat16
+no  model_init_kwargs: {torch_dtype: bfloat16}
 -   dtype: float16 | dtype: float64 | dtype: null | dtype: Tensor | bf16: true | bf16: null | fp16: true
 no  model_init_kwargs: text | model_init_kwargs: [a] | model_init_kwargs: {dtype: bfloat16, torch_dtype: float16}
 no  model_init_kwargs: {no_such: 1} | attn_implementation: bogus | gradient_checkpointing_kwargs: text
 -   model_init_kwargs: {num_hidden_layers: 1} | model_init_kwargs: {num_hidden_layers: x} | use_liger_kernel: true
 -   model_init_kwargs: {device_map: auto} | attn_implementation: flash_attention_2 | activation_offloading: true
-ok  gradient_checkpointing: true | attn_implementation: eager | model_init_kwargs: '{"dtype": "bfloat16"}'
+ok  gradient_checkpointing: true | attn_implementation: eager
+no  model_init_kwargs: '{"dtype": "bfloat16"}'
 no  load_in_8bit: maybe | load_in_8bit: true; load_in_4bit: true | load_in_4bit: true; bnb_4bit_quant_type: fp5
 -   load_in_8bit: true | load_in_4bit: true | load_in_4bit: true; bnb_4bit_quant_storage: float33
 no  load_in_8bit: true; model_init_kwargs: {quantization_config: {load_in_4bit: true}}
@@ -272,7 +274,8 @@ no  save_strategy: sometimes | save_steps: x | save_total_limit: x | eval_strate
 -   save_strategy: steps; save_steps: 1.5 | save_strategy: steps; save_total_limit: -1 | eval_on_start: true
 -   logging_steps: 0 | logging_steps: -1 | logging_steps: 0.5 | report_to: wandb | report_to: all
 -   report_to: tensorboard
-no  eval_strategy: steps; eval_steps: 0; test_file: h.jsonl | logging_steps: x | report_to: bogus
+-   eval_strategy: steps; eval_steps: 0; test_file: h.jsonl
+no  logging_steps: x | report_to: bogus
 -   eval_strategy: steps; eval_steps: -1; test_file: h.jsonl | eval_strategy: no | eval_strategy: off
 no  load_best_model_at_end: true; eval_strategy: epoch; save_strategy: steps; test_file: h.jsonl
 ok  load_best_model_at_end: true; eval_strategy: epoch; save_strategy: epoch; test_file: h.jsonl
@@ -299,12 +302,13 @@ ok  output_dir: ünï [b] $x/out | output_dir: ./out/ | output_dir: out] | outpu
 -   output_dir: '' | output_dir: null | output_dir: 7 | push_to_hub: true | hub_model_id: a/b/c | lora_r: 16
 no  use_peft: true | answers: -1 | answers: all | answers: 4 | resume_from_checkpoint: missing
 no  resume_from_checkpoint: [a]
+ok  test_file: rows.jsonl; dataset_test_split: train
 ok  answers: 4; test_file: h.jsonl | answers: 1000; test_file: h.jsonl | test_file: h.jsonl
 no  train_file: null | dataset_name: . | dataset_name: no/such | datasets: [{path: rows.jsonl, type: alpaca}]
 no  datasets: text
 -   datasets: [] | datasets: [1] | datasets: [{path: json, data_files: rows.jsonl}] | test_file: rows.jsonl
 -   dataset_name: null
-no  1: 2 | null: x | env: text | env: [a] | test_file: missing.jsonl | test_file: rows.jsonl; dataset_test_split: train
+no  1: 2 | null: x | env: text | env: [a] | test_file: missing.jsonl
 -   config: recipe.yaml | env: null | env: {HOSTILE: 1} | auto_find_batch_size: true | run_name: [a]
 -   ignore_data_skip: maybe
 """
@@ -358,7 +362,8 @@ no  messages: [{role: user, content: 7}] | + messages: [{role: user, content: nu
 ok  messages: [{role: system, content: a}, {role: user, content: b}, {role: assistant, content: c}]
 -   conversations: [{from: human, value: a}, {from: gpt, value: b}] | conversations: [{role: user, content: a}]
 -   conversations: [{from: human, value: a}, {from: function_call, value: b}, {from: observation, value: c}]
-no  conversations: [{from: human, value: a}, {from: martian, value: b}] | conversations: [] | conversations: [a, b]
+-   conversations: [{from: human, value: a}, {from: martian, value: b}]
+no  conversations: [] | conversations: [a, b]
 no  conversations: [{from: human, value: null}] | conversations: [{from: human}] | conversations: a
 ok  input_ids: [3, 4, 5, 6] | input_ids: [3, 4], labels: [3, 4] | + input_ids: [3, 4, 5], labels: [-100, -100, -100]
 no  + input_ids: [3, 264, 5] | input_ids: [3, -4, 5] | input_ids: [3, 1099511627776] | input_ids: [3.5, 4.5]
@@ -433,7 +438,7 @@ FILES: list[tuple] = [
     ("no", "held out: null", "h.jsonl", [*ROWS, {"prompt": None, "completion": "a"}], HELD_OUT),
     ("no", "held out: masked", "h.jsonl", [LONG], HELD_OUT),
     ("no", "held out: tokens out of range", "h.jsonl", [{"input_ids": [3, 999]}], HELD_OUT),
-    ("no", "held out: of another kind", "h.csv", AB + "a,b\n", HELD_OUT.replace("h.jsonl", "h.csv")),
+    ("ok", "held out: of another kind", "h.csv", AB + "a,b\n", HELD_OUT.replace("h.jsonl", "h.csv")),
     ("-", "held out: in another format", "h.jsonl", [{"text": "a"}] * 6, HELD_OUT),
     ("no", "answers: no prompts", "h.jsonl", [{"text": "a"}], f"{HELD_OUT}; answers: 2"),
     ("-", "answers: turns", "h.jsonl", CHAT, f"{HELD_OUT}; answers: 2"),
@@ -558,7 +563,7 @@ MODELS: list[tuple] = [
     ("no", "a Git LFS pointer", write(BASE, "version https://git-lfs.github.com/spec/v1\n"), ""),
     ("no", "pickled garbage", [remove(BASE), write("llama/pytorch_model.bin", b"cos\nsystem\n")], ""),
     ("no", "a shard missing", sharded(more="b.safetensors"), ""),
-    ("no", "tokenizer larger than the embedding", tokenizer(more=20), ""),
+    ("ok", "tokenizer larger than the embedding", tokenizer(more=20), ""),
     ("ok", "tokenizer as large as the embedding", tokenizer(more=5), ""),
     ("no", "tokenizer larger, and used", [tokenizer(more=20), write("rows.jsonl", [{"text": "<more19> a"}] * 4)], ""),
     *(
@@ -612,7 +617,8 @@ MERGES: list[tuple] = [
     ("no", "base quantised", edit(CONFIG, "quantization_config: {quant_method: gptq, bits: 4}"), ""),
     ("no", "base of other widths than its config", DAMAGE["narrow"](BASE), "--no-verify"),
     ("-", "base of integers", DAMAGE["int"](BASE), "--no-verify"),
-    ("no", "tokenizer larger than the embedding", tokenizer(more=20), ""),
+    ("ok", "the base's own tokenizer larger than its embedding", tokenizer(more=20), ""),
+    ("no", "the adapter's tokenizer larger than the embedding", tokenizer("adapter", 20), ""),
     ("ok", "index good, linked", sharded(), "--link"),
     *(
         ("no", f"index names {shard!r}", [folder("llama/s"), sharded(more=shard)], "--no-verify")
