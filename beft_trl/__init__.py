@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
     from .importance import BiasScores
     from .layout import BiasSite, BiasSites, UnsupportedLayoutError, find_bias_sites
-    from .merge import MergeReport, merge_adapter
+    from .merge.adapter import MergeReport, merge_adapter
     from .mixin import BeftTrainerMixin
     from .trainer import BeftSFTTrainer, BeftTrainer
     from .tuner import load_adapter

@@ -8,25 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import nn
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from .deltas import forget_engine
+from .compat import METRICS, forget_engine, forget_preparation
 
 
 @contextmanager
 def set_aside(
     trainer: Any, steps: int, learning_rate: float, callbacks: Sequence[TrainerCallback] = ()
 ) -> Iterator[None]:
-    """Inside, the trainer's `train()` runs `steps` steps at a constant rate; behind it, all but weights is as before.
+    """Inside, the trainer's `train()` runs `steps` steps at a constant rate; after it, all but weights is as before.
 
     It is no run of the user's: none of its callbacks and trackers are called, nothing is evaluated, logged or saved.
     """
     before = dict(vars(trainer))
     # TRL fills these containers in place; everything else that the loop changes is bound anew.
-    filled = {name: value for name, value in before.items() if name.endswith(("_metrics", "_logs"))}
+    filled = {name: value for name, value in before.items() if name.endswith(METRICS)}
     before.update(copy.deepcopy({name: value for name, value in filled.items() if isinstance(value, dict)}))
     plugin = trainer.args.deepspeed_plugin
     deepspeed_config = copy.deepcopy(plugin.hf_ds_config.config) if plugin is not None else {}
@@ -60,17 +58,6 @@ def set_aside(
                 plugin.hf_ds_config.config.clear()
                 plugin.hf_ds_config.config.update(deepspeed_config)
             trainer.accelerator.free_memory()  # collects garbage, too
-
-
-def forget_preparation(model: nn.Module, accelerator: Accelerator) -> None:
-    """Takes off what `accelerator.prepare` put around the forward pass, and its mark that it was there.
-
-    With the mark and without the autocast wrapper, accelerate would leave the model as it is in the next run, which
-    then computes in fp32; and after an evaluation it would leave out DDP. This goes when accelerate's `unwrap_model`
-    takes the mark off too (accelerate 1.15).
-    """
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    vars(model).pop("_is_accelerate_prepared", None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,7 +23,10 @@ except ImportError as error:
         "pip install axolotl, in an environment of its own."
     ) from error
 
+from .compat import is_split
+from .config import CHOICES, SETTINGS, check_values
 from .deltas import gather_deltas
+from .engines import NO_FSDP
 from .layout import find_bias_sites, sites_of_term
 from .mixin import BeftTrainerMixin
 from .tuner import attach_deltas, beft_config, delta, load_adapter
@@ -33,64 +36,25 @@ from .tuner import attach_deltas, beft_config, delta, load_adapter
 CONFLICTS = {
     "unfrozen_parameters": "it would train parts of the frozen base, and freeze the biases. Leave it out.",
     "rl": "preference training through Axolotl is not supported. Use BeftTrainerMixin before TRL's own DPOTrainer.",
-    "fsdp": "FSDP has not been shown to keep fp32 biases beside frozen weights. Use deepspeed.",
-    "fsdp_config": "FSDP has not been shown to keep fp32 biases beside frozen weights. Use deepspeed.",
+    "fsdp": NO_FSDP,
+    "fsdp_config": NO_FSDP,
     "relora": "it restarts LoRA matrices, and there are none.",
-    "reward_model": "a reward head is trained beside the biases, and would not be saved.",
-    "process_reward_model": "a reward head is trained beside the biases, and would not be saved.",
+    "reward_model": "a reward head is trained next to the biases, and would not be saved.",
+    "process_reward_model": "a reward head is trained next to the biases, and would not be saved.",
     "gptq": "a GPTQ base has not been shown to work. Use load_in_8bit or load_in_4bit.",
     "qat": "it replaces the layers that hold the biases.",
 }
 
 
-class BeftArgs(BaseModel):
-    """The plugin's keys, merged into Axolotl's schema."""
-
-    beft_bias_term: Literal["auto", "query", "key", "value", "all"] | None = Field(
-        default=None,
-        json_schema_extra={"description": "Attention bias term to train; auto, the default, scores all three first."},
-    )
-    beft_score_method: Literal["beft", "magnitude", "fisher"] | None = Field(
-        default=None, json_schema_extra={"description": "Score that ranks the bias terms. Default: beft."}
-    )
-    beft_score_steps: int | None = Field(
-        default=None,
-        ge=1,
-        json_schema_extra={
-            "description": "Optimizer steps of the scoring pass. Default: 5, or a thirtieth of the run."
-        },
-    )
-    beft_score_learning_rate: float | None = Field(
-        default=None,
-        gt=0,
-        json_schema_extra={"description": "Constant learning rate of the scoring pass. Default: 1e-3."},
-    )
-    beft_score_anchor: Literal["auto", "bias", "activation"] | None = Field(
-        default=None,
-        json_schema_extra={"description": "What a change is measured from: bias, activation or auto, the default."},
-    )
-    beft_relative_learning_rate: float | None = Field(
-        default=None,
-        gt=0,
-        json_schema_extra={
-            "description": "Learning rate of the biases, relative to each projection's mean output, such as 3e-2."
-        },
-    )
-    beft_allow_changed_resume: bool | None = Field(
-        default=None,
-        json_schema_extra={"description": "Resume although data or settings differ. Default: false."},
-    )
-    beft_trust_checkpoint: bool | None = Field(
-        default=None,
-        json_schema_extra={"description": "Resume a ZeRO checkpoint of another user. Default: false."},
-    )
+class _CheckedArgs(BaseModel):
+    """What Axolotl's schema is given of the plugin's keys, which `BeftArgs` adds."""
 
     @model_validator(mode="before")
     @classmethod
     def check_beft(cls, data: Any) -> Any:
         """Refuses unknown `beft_` keys, and settings that exclude the adapter, which Axolotl would take in silence."""
         keys = [key for key in data if key.startswith("beft_")]
-        known = list(BeftArgs.model_fields)
+        known = list(FIELD_OF)
         for key in keys:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
@@ -99,10 +63,26 @@ class BeftArgs(BaseModel):
             if any(data[key] is not None for key in keys):
                 raise ValueError(f"{keys[0]} has no effect without adapter: beft. Set it, or leave the key out.")
             return data
+        check_values({field: data[key] for key, field in FIELD_OF.items() if data.get(key) is not None})
         for key, reason in CONFLICTS.items():
             if data.get(key):
                 raise ValueError(f"{key} and adapter: beft exclude each other: {reason}")
         return data
+
+
+FIELD_OF = {f"beft_{name}": name for name in SETTINGS}  # the plugin's keys, and the fields of a configuration
+
+
+def _fields() -> dict[str, Any]:
+    kinds: dict[str, Any] = {name: each.type for name, each in SETTINGS.items()}
+    kinds |= {name: Literal[tuple(choices)] for name, choices in CHOICES.items()}
+    about = {name: {"description": each.metadata["help"]} for name, each in SETTINGS.items()}
+    return {
+        key: (kinds[name] | None, Field(default=None, json_schema_extra=about[name])) for key, name in FIELD_OF.items()
+    }
+
+
+BeftArgs = create_model("BeftArgs", __base__=_CheckedArgs, __doc__="The plugin's keys.", **_fields())
 
 
 class BeftPlugin(BasePlugin):
@@ -122,8 +102,7 @@ class BeftPlugin(BasePlugin):
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
         if cfg.adapter != "beft":
             return None
-        names = {name: name.removeprefix("beft_") for name in BeftArgs.model_fields}
-        settings = {field: cfg[name] for name, field in names.items() if cfg[name] is not None}
+        settings = {field: cfg[key] for key, field in FIELD_OF.items() if cfg[key] is not None}
         # Axolotl does not say that there is no accelerator, and Transformers refuses bf16 without being told.
         return settings if torch.accelerator.is_available() else {**settings, "use_cpu": True}
 
@@ -167,7 +146,7 @@ class BeftPlugin(BasePlugin):
                 # With scores, heat map and card; Axolotl then saves the adapter once more, from the model itself,
                 # where DeepSpeed may hold 16-bit copies of the biases.
                 self.save_model(self.args.output_dir)
-                if not any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+                if not any(is_split(parameter) for parameter in self.model.parameters()):
                     _keep_fp32(self.model, self._deltas.sites)
                 return output
 

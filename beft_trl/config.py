@@ -2,7 +2,8 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ CHOICES = {
 }
 
 
+# Optimizer steps of the scoring pass. A step of it costs two of training. Adam's first moves every bias equally far, so
+# that one tells little.
+DEFAULT_SCORE_STEPS = 5
+SCORED_SHARE = 30  # a short run has one for each of so many
+
 # The least that whole numbers of Transformers' and TRL's can be, which they do not check themselves.
 LEAST = {
     "per_device_train_batch_size": 1,
@@ -31,8 +37,6 @@ LEAST = {
 }
 NOT_NEGATIVE = (
     "learning_rate",
-    "score_learning_rate",
-    "relative_learning_rate",
     "neftune_noise_alpha",
     "weight_decay",
     "max_grad_norm",
@@ -53,8 +57,7 @@ class BeftConfigMixin:
         score_method: how the terms are ranked: `"beft"` (angle and change of magnitude together), `"magnitude"` or
             `"fisher"`. All three are reported.
         score_steps: optimizer steps of the scoring pass, which runs over as many batches a second time for the
-            gradients before any update. `None` stands for 5, or a thirtieth of a run of fewer than 150 steps, but at
-            least 2: about a tenth of the time of 100 steps.
+            gradients before any update. `None`: see [`default_score_steps`].
         score_learning_rate: constant learning rate of the scoring pass.
         score_anchor: the biases that the change is measured from: `"bias"`, the model's own, `"activation"`, the mean
             of each projection's output over the tokens of the scoring batches, or `"auto"`, the model's own where
@@ -76,40 +79,46 @@ class BeftConfigMixin:
     bias_term: str = field(
         default="auto",
         metadata={
-            "help": "Attention bias term to train: `auto` scores all three and takes the best, `all` trains them "
-            "together.",
+            "help": "Attention bias term to train: `query`, `key`, `value`, `all` of them together, or `auto`, which "
+            "scores all three first and takes the best.",
             "choices": CHOICES["bias_term"],
         },
     )
     score_method: str = field(
         default="beft",
-        metadata={"help": "Score that ranks the terms.", "choices": CHOICES["score_method"]},
+        metadata={
+            "help": "Score that ranks the terms: `beft` (importance), `magnitude` or `fisher`. All are reported.",
+            "choices": CHOICES["score_method"],
+        },
     )
     score_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps of the scoring pass. Default: 5, or a thirtieth of a run under 150, at least 2."
+            "help": f"Optimizer steps of the scoring pass. Default: {DEFAULT_SCORE_STEPS}; in a run of fewer than "
+            f"{SCORED_SHARE * DEFAULT_SCORE_STEPS} steps one for each {SCORED_SHARE}, and at least 2."
         },
     )
-    score_learning_rate: float = field(default=1e-3, metadata={"help": "Constant learning rate of the scoring pass."})
+    score_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the scoring pass, which is constant."}
+    )
     score_anchor: str = field(
         default="auto",
         metadata={
-            "help": "What the change of a bias is measured from: the model's own bias, the mean output of its "
-            "projection, or `auto`: the first where every layer has one longer than its change.",
+            "help": "What the change of a bias is measured from: `bias`, the model's own, `activation`, the mean "
+            "output of its projection, or `auto`, the first if every layer has one longer than its change.",
             "choices": CHOICES["score_anchor"],
         },
     )
     relative_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the biases, in each layer relative to the mean output of its projection; in "
-            "place of learning_rate. Try 3e-2 and 1e-1."
+            "help": "Learning rate of the biases in each layer, as a share of the mean output of its projection, in "
+            "place of `learning_rate`. Try 3e-2 and 1e-1."
         },
     )
     allow_changed_resume: bool = field(
         default=False,
-        metadata={"help": "Resume although data or settings differ from those of the checkpoint."},
+        metadata={"help": "Resume a checkpoint although data or settings differ, for instance for more steps."},
     )
     trust_checkpoint: bool = field(
         default=False,
@@ -121,25 +130,7 @@ class BeftConfigMixin:
     )
 
     def __post_init__(self):
-        # argparse checks `choices` for the command line only, not for YAML or Python.
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, choices))}.")
-        if self.score_steps is not None and (not isinstance(self.score_steps, int) or self.score_steps < 1):
-            raise ValueError(
-                f"score_steps={self.score_steps!r} cannot score anything: give a whole number of at least 1, or leave "
-                "it out."
-            )
-        if not self.score_learning_rate > 0:
-            raise ValueError(
-                f"score_learning_rate={self.score_learning_rate!r} moves no bias, so there is nothing to score: give "
-                "a positive number."
-            )
-        if self.relative_learning_rate is not None and not self.relative_learning_rate > 0:
-            raise ValueError(
-                f"relative_learning_rate={self.relative_learning_rate!r} moves no bias: give a positive number, such "
-                "as 3e-2, or leave it out for learning_rate."
-            )
+        check_values({name: getattr(self, name) for name in SETTINGS})
         init = getattr(self, "model_init_kwargs", None)
         if isinstance(init, dict) and "torch_dtype" in init:
             # The old name of a key that most public recipes have: TRL reads only the new one.
@@ -175,6 +166,35 @@ class BeftConfigMixin:
             for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
                 if hasattr(self, name):
                     setattr(self, name, {**(getattr(self, name) or {}), "use_reentrant": True})
+
+
+# The settings that this package adds, by name.
+SETTINGS = {each.name: each for each in fields(BeftConfigMixin) if each.name != "logging_nan_inf_filter"}
+
+
+def default_score_steps(run: int) -> int:
+    """The optimizer steps of the scoring pass of a run of `run` steps."""
+    return min(DEFAULT_SCORE_STEPS, max(2, run // SCORED_SHARE), run)
+
+
+def check_values(settings: Mapping[str, Any]) -> None:
+    """Refuses values of `SETTINGS` that are out of range: argparse checks choices for the command line only.
+
+    Raises:
+        ValueError: with the setting and its value.
+    """
+    for name, choices in CHOICES.items():
+        if name in settings and settings[name] not in choices:
+            raise ValueError(f"{name}={settings[name]!r} is not one of {', '.join(map(repr, choices))}.")
+    steps = settings.get("score_steps")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(
+            f"score_steps={steps!r} cannot score anything: give a whole number of at least 1, or leave it out."
+        )
+    for name in ("score_learning_rate", "relative_learning_rate"):
+        rate = settings.get(name)
+        if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
+            raise ValueError(f"{name}={rate!r} moves no bias: give a positive number, or leave it out.")
 
 
 @dataclass

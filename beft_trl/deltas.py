@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .compat import has_fp32_copy, is_split, whole_shape
 from .layout import BiasSite
 from .tuner import SAVED_WHOLE, Deltas, delta, parameters_saved_whole, projection, rows_of_modules
 
@@ -46,8 +47,7 @@ def adapter_shapes(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, tup
     """The shapes of what a run of `sites` trains, by their names in the adapter's file."""
     parameters = {f"{PREFIX}{site.module}.beft_bias": delta(model, site) for site in sites}
     parameters |= {name.replace(SAVED_WHOLE, "."): values for name, values in parameters_saved_whole(model).items()}
-    # Under ZeRO-3 a parameter is empty between its uses.
-    return {name: tuple(getattr(values, "ds_shape", values.shape)) for name, values in parameters.items()}
+    return {name: whole_shape(values) for name, values in parameters.items()}
 
 
 @contextmanager
@@ -91,14 +91,6 @@ def restore_saved_whole(model: PeftModel, values: dict[str, Tensor]) -> None:
     with torch.no_grad(), _gathered(list(parameters.values()), modifier_rank=0):
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
-
-
-def forget_engine(model: nn.Module) -> None:
-    """Takes the links to a destroyed DeepSpeed engine off the parameters: its fp32 copies are stale, or freed."""
-    for parameter in model.parameters():
-        for link in ("_hp_mapping", "_z3_optimizer"):
-            if hasattr(parameter, link):
-                delattr(parameter, link)
 
 
 def set_deltas(model: PeftModel, values: Mapping[BiasSite, Tensor | None]) -> None:
@@ -159,7 +151,7 @@ def _gather_vectors(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Te
 
 def _fp32_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Full copies on the CPU, of the optimizer's fp32 master copies where DeepSpeed keeps the parameter in 16 bits."""
-    held = [hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping") for parameter in parameters]
+    held = [has_fp32_copy(parameter) for parameter in parameters]
     if held and all(held):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -169,7 +161,7 @@ def _fp32_values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def _gathered(parameters: Sequence[nn.Parameter], modifier_rank: int | None = None):
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if not any(is_split(parameter) for parameter in parameters):
         return nullcontext()
     import deepspeed
 

@@ -20,6 +20,7 @@ ENGINES = {
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "8bit": "8-bit", "4bit": "4-bit"}
 SPLIT_AT_LOADING = ("zero3", "zero3_offload")
 OFFLOADED = ("optimizer", "param")
+NO_FSDP = "it has not been shown to keep fp32 biases next to frozen weights. Use DeepSpeed ZeRO-3."
 
 
 def engine_of(args: TrainingArguments) -> str:
@@ -46,8 +47,7 @@ def name_engine(processes: int, zero: dict[str, Any] | None, fsdp: bool) -> str:
     """
     if fsdp:
         raise ValueError(
-            "FSDP is not supported: it has not been shown to keep fp32 deltas beside frozen weights. Use DeepSpeed "
-            "ZeRO-3, which splits the weights too: beft train RECIPE --launch zero3."
+            f"FSDP is not supported: {NO_FSDP} It splits the weights too: beft train RECIPE --launch zero3."
         )
     if zero is None:
         return "ddp" if processes > 1 else "single"

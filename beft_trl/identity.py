@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from .weight_files import local_file
+from .compat import is_split, local_file, revision_of
 
 
 SAMPLED_ROWS = 1024
@@ -52,7 +52,7 @@ def identify_run(model: Any, args: Any, dataset: Any, base: dict[str, str | None
     settings = {name: value for name, value in args.to_dict().items() if not name.startswith(WITHOUT_EFFECT)}
     identity = {
         "base_model": model.name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": revision_of(model.config),
         **base,
         "dtype": str(model.dtype),
         "quantization": quantization_of(model.config),
@@ -97,7 +97,7 @@ def identify_base(model: Any, name: str | None = None) -> dict[str, str | None]:
         `dict`: `base_files`, of some bytes of each weight file, for a model that was named; `base_weights`, of some
         elements of each frozen parameter, `None` if they are split by ZeRO-3 or not loaded.
     """
-    revision = getattr(model.config, "_commit_hash", None)
+    revision = revision_of(model.config)
     return {"base_files": _hash_files(name, revision) if name else None, "base_weights": _hash_weights(model)}
 
 
@@ -120,7 +120,7 @@ def _hash_files(name: str, revision: str | None) -> str | None:
 def _hash_weights(model: nn.Module) -> str | None:
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or parameter.is_meta:
+        if is_split(parameter) or parameter.is_meta:
             return None
         if parameter.requires_grad or not parameter.numel():
             continue

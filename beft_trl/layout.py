@@ -15,22 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .compat import LOADING, LOADING_ONLY
+
 
 TERMS = ("query", "key", "value")
 
 # A projection's name around the part that says which term it is: `q_proj`, `query`, `q_lin`, `query_proj`, `wq`.
 _QUERY_NAME = re.compile(r"^(?P<head>(?:\w*_)?w?)(?P<query>query|q)(?P<tail>(?:_\w+)?)$")
 _TERM_LETTERS = {"q": ("q", "k", "v"), "query": ("query", "key", "value")}
-# Arguments of `from_pretrained` that are no fields of the configuration, though it would take them.
-LOADING_ONLY = ("quantization_config", "device_map", "attn_implementation", "dtype")
-# Those that `PreTrainedModel.from_pretrained` (Transformers 5.23) takes without naming them in its signature.
-LOADING = (
-    *LOADING_ONLY, "adapter_kwargs", "adapter_name", "allow_all_kernels", "device_mesh", "distributed_config",
-    "experts_implementation", "from_flax", "from_tf", "generation_config", "gguf_file", "kernel_config", "key_mapping",
-    "low_cpu_mem_usage", "max_memory", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
-    "output_loading_info", "proxies", "state_dict", "subfolder", "torch_dtype", "tp_plan", "tp_size", "tqdm_class",
-    "trust_remote_code", "use_kernels", "variant",
-)  # fmt: skip
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
 
 # Attention classes of Transformers whose query, key and value share one matrix, with the order of its rows, each read

@@ -15,13 +15,12 @@ from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 from trl import RewardTrainer
 
 from . import report
 from .arguments import arguments_by_name, refuse_arguments
-from .aside import forget_preparation
 from .checkpoints import (
     check_writable,
     checkpoint_to_resume,
@@ -36,6 +35,16 @@ from .checkpoints import (
     steps_of,
     warn_of_other_runs,
 )
+from .compat import (
+    beft_tuner,
+    copy_to_reference,
+    forget_preparation,
+    keep_4bit_trainable,
+    rotate_checkpoints,
+    whole_shape,
+)
+from .data.labels import check_tokens, position_limit
+from .data.vocabulary import known_tokens_only
 from .deltas import (
     adapter_shapes,
     adapter_state_dict,
@@ -47,7 +56,6 @@ from .deltas import (
 from .engines import engine_of, refuse_cell, slow_16_bits
 from .identity import identify_base, identify_run, quantization_of
 from .importance import BiasScores, rank
-from .labels import check_tokens, position_limit
 from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term, skeleton_of
 from .rates import give_learning_rates, relative_learning_rates
 from .saving import (
@@ -61,18 +69,15 @@ from .saving import (
 )
 from .scoring import ScoringResult, measure_outputs, run_steps, score_biases, score_steps, score_terms
 from .tuner import (
+    ADAPTER_NAME,
     Deltas,
     adapter_config,
     adopt_deltas,
     attach_deltas,
-    beft_tuner,
-    copy_to_reference,
     delta,
     deltas_to_fp32,
-    keep_4bit_trainable,
     name_saved_modules,
 )
-from .vocabulary import known_tokens_only
 
 
 logger = get_logger(__name__)
@@ -156,7 +161,7 @@ class BeftTrainerMixin:
             super().__init__(**given)
         if saved_whole:
             name_saved_modules(self.model, saved_whole)
-        copy_to_reference(self.model)
+        copy_to_reference(self.model, ADAPTER_NAME)
         self._check_tokens()
         launched = int(os.environ.get("WORLD_SIZE", 1))
         together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1
@@ -186,8 +191,7 @@ class BeftTrainerMixin:
         """Refuses arguments and models before weights are loaded; for trainers that know what theirs must be."""
 
     def _check_tokens(self) -> None:
-        embedding = self.model.get_input_embeddings().weight
-        vocabulary = getattr(embedding, "ds_shape", embedding.shape)[0]  # under ZeRO-3 it is split
+        vocabulary = whole_shape(self.model.get_input_embeddings().weight)[0]
         positions = position_limit(self.model.get_base_model())
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, rows in {"train": self.train_dataset, **held_out}.items():

@@ -1,6 +1,7 @@
 """What a run writes: adapter, scores, heat map, card and checkpoints, each whole or not at all."""
 
 import copy
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from . import report
 from .checkpoints import last_complete_checkpoint
+from .compat import whole_shape
 from .importance import SCORES_FILE, BiasScores
 from .tuner import ADAPTER_NAME, Deltas, parameters_saved_whole, projection, task_ending
 
@@ -103,9 +105,8 @@ def card_of(deltas: Deltas, scores: BiasScores, learning_rates: Mapping[str, flo
 
 def sizes(deltas: Deltas) -> tuple[int, int]:
     """Trained parameters, without the zero part of fused layers' deltas, and all parameters."""
-    # Under ZeRO-3 a parameter is empty between its uses.
-    whole: list[Any] = list(parameters_saved_whole(deltas.model).values())
-    trained = sum(len(site.rows) for site in deltas.sites) + sum(each.numel() or each.ds_numel for each in whole)
+    whole = parameters_saved_whole(deltas.model).values()
+    trained = sum(len(site.rows) for site in deltas.sites) + sum(math.prod(whole_shape(each)) for each in whole)
     return trained, deltas.model.get_nb_trainable_parameters()[1]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .aside import random_state_kept, set_aside
+from .config import DEFAULT_SCORE_STEPS, default_score_steps
 from .deltas import all_at_zero, gather_deltas, gather_saved_whole, native_biases, restore_saved_whole, set_deltas
 from .importance import LayerScores, TermScores, fisher, importance, magnitude
 from .layout import TERMS, BiasSite, BiasSites
@@ -20,7 +21,6 @@ from .tuner import Deltas
 
 logger = get_logger(__name__)
 
-DEFAULT_SCORE_STEPS = 5
 # The key's gradient relative to the value's, as root mean squares over a layer: below, it is dead; above, alive.
 # Measured on tiny models and SmolLM2: in fp32 at most 1e-7 where the key is dead and at least 7e-4 where it is alive;
 # in 16 bits, where rounding has a gradient of its own, up to 1.5e-3 where it is dead, so that in between the
@@ -134,8 +134,7 @@ def score_steps(asked: int | None, run: int) -> int:
         )
     if asked is not None:
         return asked
-    # A step of scoring costs two of training. Adam's first moves every bias equally far, so that one tells little.
-    steps = min(DEFAULT_SCORE_STEPS, max(2, run // 30), run)
+    steps = default_score_steps(run)
     if steps < DEFAULT_SCORE_STEPS:
         logger.warning(
             f"The scoring pass takes {steps} of its usual {DEFAULT_SCORE_STEPS} steps, since this run has {run}. Set "

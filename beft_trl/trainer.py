@@ -11,9 +11,9 @@ from trl import SFTTrainer
 from . import report
 from .arguments import check_settings, refuse_absent_anchor, refuse_encoder, refuse_unknown_metric
 from .config import BeftSFTConfig, BeftTrainingArguments
-from .labels import drop_masked, refuse_too_few_rows
+from .data.labels import drop_masked, refuse_too_few_rows
+from .data.rows import UNRENDERED, check_cells, check_columns, check_roles, explain_unrendered, prepare_rows
 from .mixin import BeftTrainerMixin
-from .rows import UNRENDERED, check_cells, check_columns, check_roles, explain_unrendered, prepare_rows
 
 
 class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):

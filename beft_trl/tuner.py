@@ -1,9 +1,6 @@
-"""The trainable deltas beside the projections, as an adapter of PEFT's own BEFT tuner."""
+"""The trainable deltas next to the projections, as an adapter of PEFT's own BEFT tuner."""
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,23 +8,12 @@ from peft import PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
-
-try:
-    from peft import BeftConfig
-    from peft.tuners.beft import BeftLayer, BeftModel, Linear
-except ImportError as error:
-    raise ImportError(
-        f"beft_trl needs PEFT 0.20 or later, which has a BEFT tuner, and PEFT {version('peft')} is installed: pip "
-        "install --upgrade peft."
-    ) from error
-
-from .layout import BiasSite, features
+from .compat import BeftConfig, BeftLayer, beft_tuner, set_targets
+from .layout import BiasSite
 
 
 ADAPTER_NAME = "default"
-REFERENCE_NAME = "ref"  # TRL's name for a frozen copy of the adapter
 # The part of a parameter's name that PEFT gives to the trained copies of modules_to_save.
 SAVED_WHOLE = f".modules_to_save.{ADAPTER_NAME}."
 # How the names of models with a head for a task end in Transformers, and PEFT's word for the task.
@@ -50,45 +36,6 @@ def beft_config(
         task_type=task_type,
         modules_to_save=list(modules_to_save) or None,
     )
-
-
-class Conv1DWithDelta(Linear):
-    """PEFT's BEFT layer around GPT-2's `Conv1D`, a linear layer whose weight is stored transposed."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BeftConfig):
-        # PEFT's own initialisers accept `nn.Linear` alone; this is what they do to one.
-        nn.Module.__init__(self)
-        self.base_layer = base_layer
-        self.beft_bias = nn.ParameterDict({})
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self.in_features, self.out_features = features(self.get_base_layer())
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config=config)
-
-
-@contextmanager
-def beft_tuner() -> Iterator[None]:
-    """PEFT's BEFT tuner with `Conv1D` layers, and without its warning for every layer without a bias.
-
-    The warning says that the layer cannot be merged, which `merge_adapter` does. The part on `Conv1D` goes when PEFT's
-    `BeftModel._create_new_module` takes it.
-    """
-    create = BeftModel._create_new_module
-
-    def create_on_conv1d_too(config: BeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(layer, Conv1D):
-            return Conv1DWithDelta(target, adapter_name, config)
-        return create(config, adapter_name, target, **kwargs)
-
-    BeftModel._create_new_module = staticmethod(create_on_conv1d_too)  # type: ignore[method-assign,assignment]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term")
-            yield
-    finally:
-        BeftModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
 
 
 def adapter_config(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: Sequence[str] = ()) -> BeftConfig:
@@ -229,10 +176,7 @@ class Deltas:
             elif path not in kept and path not in self._put_by:
                 self._put_by[path] = _layer(self.model, path)
                 _replace(self.model, path, projection(self.model, path))
-        tuner: Any = self.model.base_model
-        # Lists, since PEFT would write a set to the adapter's file in any order.
-        tuner.targeted_module_names = sorted(kept)
-        self.model.peft_config[ADAPTER_NAME].target_modules = sorted(kept)
+        set_targets(self.model, ADAPTER_NAME, sorted(kept))
         for handle in self._confined:
             handle.remove()
         self._confined = _confine(self.model, sites)
@@ -268,37 +212,6 @@ def deltas_to_fp32(model: PeftModel) -> None:
         if isinstance(module, BeftLayer):
             for delta in module.beft_bias.values():
                 delta.data = delta.data.float()
-
-
-def copy_to_reference(model: PeftModel) -> None:
-    """Gives TRL's reference adapter, which it calls "ref", the deltas of the one that is trained, in place.
-
-    TRL (1.16) copies parameters with `.default.` in their names, and the name of a delta ends with `.default`: the
-    reference would be the plain base. This goes when it copies by adapter.
-    """
-    for module in model.modules():
-        if isinstance(module, BeftLayer) and REFERENCE_NAME in module.beft_bias:
-            module.beft_bias[REFERENCE_NAME].data.copy_(module.beft_bias[ADAPTER_NAME].data)
-
-
-def keep_4bit_trainable(model: nn.Module) -> None:
-    """Keeps the weights of bitsandbytes' 4-bit layers in the layout that gradients can pass.
-
-    On a CPU with AVX512-BF16, `Linear4bit` packs its weights for inference at its first forward in eval mode, and a
-    training step behind an evaluation fails on them. This goes when bitsandbytes can train on packed weights.
-
-    Raises:
-        ValueError: where weights are packed already. bitsandbytes 0.50 unpacks them to other values.
-    """
-    for name, module in model.named_modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                raise ValueError(
-                    f"The 4-bit weights of this model ({name} first) were packed for inference when it answered in "
-                    "eval mode on this CPU, and cannot be trained on any more. Load the model again and make the "
-                    "trainer before anything is evaluated."
-                )
 
 
 def delta(model: PeftModel, site: BiasSite) -> nn.Parameter:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 PREFIX, SUFFIX = "base_model.model.", ".beft_bias"
@@ -76,12 +76,6 @@ def refuse_outside(path: Path, folder: Path) -> None:
         raise MergeError(
             f"{path} leads out of its folder, to {path.resolve()}: it is not read. Put the file itself there."
         )
-
-
-def local_file(name: str, file: str, revision: str | None) -> str | None:
-    """The path of a file of a model, in its folder or in the hub's cache; `None` if it is not on this machine."""
-    where: Any = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
-    return cached_file(name, file, **where)
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:

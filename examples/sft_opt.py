@@ -17,9 +17,9 @@ import sys
 from accelerate import PartialState
 
 from beft_trl.cli import explained_errors
+from beft_trl.cli.recipe import parse_recipe
+from beft_trl.cli.run import leave, train
 from beft_trl.demo import DEMO_MODEL, DEMO_RECIPE, make_demo
-from beft_trl.recipe import parse_recipe
-from beft_trl.run import leave, train
 
 
 def main() -> None:

@@ -237,10 +237,9 @@ def test_evaluation_with_the_adapter(world, trained, tmp_path):
 
 
 def test_the_package_without_the_plugin_never_imports_axolotl():
-    modules = [
-        path.stem for path in (REPOSITORY / "beft_trl").glob("*.py") if path.stem not in ("axolotl", "__init__")
-    ]
-    program = f"import sys; from beft_trl import {', '.join(modules)}; assert 'axolotl' not in sys.modules"
+    files = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "beft_trl").rglob("*.py")]
+    modules = [".".join(file.with_suffix("").parts) for file in files if file.stem not in ("axolotl", "__main__")]
+    program = f"import sys, {', '.join(modules)}; assert 'axolotl' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 

@@ -1,18 +1,14 @@
 """A base model that is missing, damaged or another one than its configuration says is refused before it is loaded."""
 
-import inspect
 import json
-import re
 
 import pytest
 import torch
 from conftest import make_llama, make_opt
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 from transformers.utils import is_gptqmodel_available, is_optimum_available
 
-from beft_trl.bases import base_skeleton, check_weights
-from beft_trl.layout import LOADING
+from beft_trl.cli.bases import base_skeleton, check_weights
 
 
 def check(folder, args):
@@ -99,13 +95,6 @@ def test_settings_that_make_no_model_are_named(base, make_config):
 def test_a_setting_that_neither_model_nor_loading_knows_is_named(base, make_config, name):
     with pytest.raises(ValueError, match=name):
         base_skeleton(str(base), make_config(model_init_kwargs={name: 1, "low_cpu_mem_usage": True}))
-
-
-def test_what_from_pretrained_takes_is_known(base, make_config):
-    """By the names that its own source takes out of its keyword arguments."""
-    source = inspect.getsource(PreTrainedModel.from_pretrained)
-    names = [name for name in re.findall(r'kwargs\.pop\(\s*"(\w+)"', source) if not name.startswith("_")]
-    assert len(names) > 20 and set(names) <= set(LOADING)
 
 
 def test_weights_that_need_a_package_that_is_absent_are_refused(base, make_config):

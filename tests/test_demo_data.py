@@ -61,8 +61,8 @@ def test_the_file_for_axolotl_holds_the_training_rows_as_conversations():
 
 def test_the_example_overrides_the_demo_by_the_command_line(monkeypatch):
     ran = []
-    monkeypatch.setattr("beft_trl.run.train", ran.append)
-    monkeypatch.setattr("beft_trl.run.leave", lambda trainer: None)
+    monkeypatch.setattr("beft_trl.cli.run.train", ran.append)
+    monkeypatch.setattr("beft_trl.cli.run.leave", lambda trainer: None)
     monkeypatch.setattr("beft_trl.demo.make_demo", lambda: None)
     for more, rate, term in (([], None, "auto"), (["--relative_learning_rate", "0.1", "--bias_term=key"], 0.1, "key")):
         monkeypatch.setattr(sys, "argv", ["sft_opt.py", *more, "--use_cpu", "true"])

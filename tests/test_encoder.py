@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from beft_trl import BeftTrainer, BeftTrainingArguments, MergeError, merge_adapter
-from beft_trl.info import adapter_report
+from beft_trl.cli.info import adapter_report
 from beft_trl.saving import sizes
 
 

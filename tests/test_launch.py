@@ -5,7 +5,7 @@ import json
 import pytest
 
 from beft_trl import engines
-from beft_trl.launch import SHIPPED, launch_command, launched_engine
+from beft_trl.cli.launch import SHIPPED, launch_command, launched_engine
 
 
 def write(folder, **settings):

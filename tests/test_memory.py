@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from beft_trl.check import check_recipe
-from beft_trl.memory import _peak_of_step, _weight_bytes
+from beft_trl.cli.check import check_recipe
+from beft_trl.cli.memory import _peak_of_step, _weight_bytes
 
 
 MIB = 2**20
@@ -55,8 +55,8 @@ def test_activations_and_loss_are_those_of_a_real_step(tmp_path, checkpointing):
     assert check.problems == [] and check.notes == []
     estimated = check.memory.activations + check.memory.logits
 
-    from beft_trl.recipe import parse_recipe
-    from beft_trl.run import build_trainer, load_data
+    from beft_trl.cli.recipe import parse_recipe
+    from beft_trl.cli.run import build_trainer, load_data
 
     recipe = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
     trainer = build_trainer(recipe, load_data(recipe))

@@ -363,13 +363,13 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 SLOW_MERGE = """
 import sys, time
-from beft_trl import merge
-write = merge._write_card
+from beft_trl.merge import adapter
+write = adapter.write_card
 def slow(*args):
     print("writing", flush=True)
     time.sleep(60)
-merge._write_card = slow
-merge.merge_adapter(sys.argv[1], sys.argv[2])
+adapter.write_card = slow
+adapter.merge_adapter(sys.argv[1], sys.argv[2])
 """
 
 

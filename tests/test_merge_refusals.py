@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_merge import of_term, saved
 
 from beft_trl import MergeError, merge_adapter
-from beft_trl.info import adapter_report
+from beft_trl.cli.info import adapter_report
 
 
 SINGLE, INDEX = "base/model.safetensors", "base/model.safetensors.index.json"

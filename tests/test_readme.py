@@ -9,6 +9,7 @@ import pytest
 from conftest import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+from beft_trl.config import SETTINGS
 from beft_trl.demo import make_demo
 from beft_trl.engines import ENGINES, PRECISIONS, condition
 
@@ -52,6 +53,16 @@ def test_every_beft_command_runs(folder):
     assert AutoModelForCausalLM.from_pretrained(folder / "outputs" / "demo-merged").config.attention_bias
 
 
+@pytest.mark.parametrize(
+    ("page", "prefix"), [("README.md", ""), ("recipes/axolotl/README.md", "beft_")], ids=["TRL", "Axolotl"]
+)
+def test_the_settings_of_a_page_are_those_of_the_configuration(page, prefix):
+    defaults = {name: "" if each.default is None else f"`{each.default}`" for name, each in SETTINGS.items()}
+    rows = [f"| `{prefix}{name}` | {defaults[name]} | {each.metadata['help']} |" for name, each in SETTINGS.items()]
+    expected = "\n".join([f"| {'key' if prefix else 'field'} | default | |", "|---|---|---|", *rows])
+    assert expected in (REPOSITORY / page).read_text(encoding="utf-8"), f"{page} must have:\n{expected}"
+
+
 def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
     tree = re.search(r"## Files\n\n```text\n(.*?)```", README, flags=re.DOTALL)[1]
     folder, named = None, set()
@@ -62,7 +73,9 @@ def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
         else:
             named.add(folder + name)
         assert (REPOSITORY / (folder if not line.startswith(" ") else folder + name)).exists(), line
-    modules = {f"beft_trl/{path.name}" for path in (REPOSITORY / "beft_trl").glob("*.py")} - {"beft_trl/__init__.py"}
+    package = REPOSITORY / "beft_trl"
+    files = [path for path in package.rglob("*.py") if not path.stem.startswith("__")]
+    modules = {f"beft_trl/{path.relative_to(package).as_posix()}" for path in files}
     assert modules <= named
 
 

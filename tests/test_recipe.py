@@ -7,8 +7,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from trl import DatasetMixtureConfig
 
-from beft_trl.bases import refuse_missing_model
-from beft_trl.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe
+from beft_trl.cli.bases import refuse_missing_model
+from beft_trl.cli.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -232,7 +232,7 @@ def test_a_blank_cell_of_an_alpaca_row_is_named(tmp_path, monkeypatch, blank, st
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ALPACA, ALPACA[0] | blank]))
     file = str(tmp_path / "rows.jsonl")
     monkeypatch.setattr(
-        "beft_trl.recipe.load_dataset",
+        "beft_trl.cli.recipe.load_dataset",
         lambda *_, **options: load_dataset("json", data_files=file, streaming=streaming),
     )
     with pytest.raises(ValueError, match=f"Row 3 of the split train: '{next(iter(blank))}'"):

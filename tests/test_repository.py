@@ -9,7 +9,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "beft_trl"
 # The package's own files, for a wheel, and those that a clone shows.
-COPIES = [(PACKAGE / "accelerate_configs", REPOSITORY / "recipes" / "accelerate_configs")] + [
+COPIES = [(PACKAGE / "cli" / "accelerate_configs", REPOSITORY / "recipes" / "accelerate_configs")] + [
     (PACKAGE / "demo_files" / path, REPOSITORY / path)
     for path in ("recipes/demo.yaml", "examples/data/support_train.jsonl", "examples/data/support_test.jsonl")
 ]

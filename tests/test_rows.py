@@ -9,9 +9,9 @@ import pytest
 from conftest import VOCABULARY, make_llama, make_opt, make_rows, make_tokenizer
 from datasets import Dataset, IterableDataset
 
-from beft_trl.data_files import read_file
-from beft_trl.labels import check_tokens, position_limit
-from beft_trl.rows import check_cells, check_roles, explain_unrendered
+from beft_trl.cli.data_files import read_file
+from beft_trl.data.labels import check_tokens, position_limit
+from beft_trl.data.rows import check_cells, check_roles, explain_unrendered
 
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import beft_trl.run
+import beft_trl.cli.run
 
 
 NOTES = Path(sys.argv.pop(1))
@@ -51,7 +51,7 @@ def digest_of_base(model):
     return digest.hexdigest()
 
 
-class Witness(beft_trl.run.BeftSFTTrainer):
+class Witness(beft_trl.cli.run.BeftSFTTrainer):
     def train(self, *args, **kwargs):
         notes = {"base_before": digest_of_base(self.model), "dtype": str(self.model.dtype)}
         notes["layers"] = sorted({type(module).__name__ for module in self.model.modules()})
@@ -88,7 +88,7 @@ class Witness(beft_trl.run.BeftSFTTrainer):
         return {str(parameter.dtype) for group in inner.param_groups for parameter in group["params"]}
 
 
-beft_trl.run.BeftSFTTrainer = Witness
+beft_trl.cli.run.BeftSFTTrainer = Witness
 sys.argv[0] = str(SCRIPT)
 sys.path.insert(0, str(SCRIPT.parent))
 runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 
 if TYPE_CHECKING:
-    from .merge import MergeReport
+    from ..merge.adapter import MergeReport
     from .recipe import Recipe
 
 
@@ -151,7 +151,7 @@ def merge(
     verify: Annotated[bool, typer.Option(help="Compare the logits of both models, which loads them.")] = True,
 ) -> None:
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""
-    from .merge import merge_adapter
+    from ..merge.adapter import merge_adapter
 
     _tell(merge_adapter(adapter, output, base, output_projection, verify, link))
 
@@ -164,7 +164,7 @@ def merge_beft(config: Path, output: Path | None, verify: bool) -> None:
     """Fold the BEFT adapter of an Axolotl CONFIG into a plain Transformers checkpoint."""
     import yaml
 
-    from .merge import merge_adapter
+    from ..merge.adapter import merge_adapter
 
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     adapter = Path(settings.get("output_dir", "model-out"))

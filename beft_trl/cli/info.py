@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from . import report
-from .importance import SCORES_FILE, BiasScores, recorded_learning_rates
-from .weight_files import MergeError, first_line, read_adapter, read_json
+from .. import report
+from ..importance import SCORES_FILE, BiasScores, recorded_learning_rates
+from ..weight_files import MergeError, first_line, read_adapter, read_json
 
 
 TERMS = ("query", "key", "value")

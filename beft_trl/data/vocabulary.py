@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from .weight_files import local_file
+from ..compat import local_file, revision_of
 
 
 TEMPLATE_FILES = (".jinja", ".j2")
@@ -56,7 +56,7 @@ def _refuse_new(config: Any, name: str, tokenizer: PreTrainedTokenizerBase | Non
     vocabulary = tokenizer.get_vocab()
     new: list[str] = []
     try:
-        where: Any = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
+        where: Any = {"revision": revision_of(config), "local_files_only": True}
         # Transformers makes up a tokenizer for a folder that has none.
         if local_file(name, "tokenizer_config.json", where["revision"]):
             known = AutoTokenizer.from_pretrained(name, **where).get_vocab()

@@ -7,10 +7,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..data.labels import LabelAudit
+from ..engines import ENGINES, PRECISIONS, condition
+from ..layout import BiasSite
 from .check import Check
-from .engines import ENGINES, PRECISIONS, condition
-from .labels import LabelAudit
-from .layout import BiasSite
 from .memory import MemoryEstimate
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .layout import BiasSite, build_skeleton, features, output_projection
-from .weight_files import CheckpointFiles, MergeError
+from ..layout import BiasSite, build_skeleton, features, output_projection
+from ..weight_files import CheckpointFiles, MergeError
 
 
 # Config fields that give the projections of an architecture their biases.

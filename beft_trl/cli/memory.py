@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from .engines import SPLIT_AT_LOADING
+from ..compat import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    TorchDispatchMode,
+    WeakIdKeyDictionary,
+    tree_leaves,
+)
+from ..engines import SPLIT_AT_LOADING
 
 
 # What a process holds beside tensors: interpreter and libraries, and on a GPU the context and the workspaces of its

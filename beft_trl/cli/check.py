@@ -15,20 +15,21 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTTrainer, get_quantization_config
 
-from .arguments import refuse_push
+from ..arguments import refuse_push
+from ..checkpoints import check_writable
+from ..compat import as_one_device, check_attention, learnt_columns
+from ..config import BeftSFTConfig
+from ..data.labels import LabelAudit, audit_labels, untruncated
+from ..data.rows import prepare_rows
+from ..engines import engine_of, precision_of, refuse_cell
+from ..layout import BiasSites, find_bias_sites, sites_of_term
+from ..scoring import run_steps, score_steps
+from ..trainer import BeftSFTTrainer
 from .bases import base_skeleton, check_weights, refuse_missing_model
-from .checkpoints import check_writable
-from .config import BeftSFTConfig
-from .engines import engine_of, precision_of, refuse_cell
-from .labels import LabelAudit, audit_labels, untruncated
 from .launch import launch_command, launched_engine
-from .layout import BiasSites, find_bias_sites, sites_of_term
 from .memory import MemoryEstimate, estimate_memory
 from .recipe import Recipe, parse_recipe
-from .rows import prepare_rows
 from .run import Data, load_data
-from .scoring import run_steps, score_steps
-from .trainer import BeftSFTTrainer
 
 
 STREAMED_ROWS = 256
@@ -177,7 +178,7 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
     # One process with the batch of all takes as many steps as they do.
     planned.per_device_train_batch_size *= check.processes
     if check.processes > 1:
-        planned._n_gpu = 1
+        as_one_device(planned)
     given = data.train
     if not isinstance(given, Dataset):
         if args.max_steps <= 0:
@@ -231,9 +232,7 @@ def _largest_batch(trainer: BeftSFTTrainer, size: int) -> dict[str, torch.Tensor
     rows: Any = trainer.train_dataset
     lengths = [len(tokens) for tokens in rows["input_ids"]]
     longest = rows[lengths.index(max(lengths))]
-    trainer._set_signature_columns_if_needed()
-    columns: Any = trainer._signature_columns
-    row = {name: longest[name] for name in columns if name in longest}
+    row = {name: longest[name] for name in learnt_columns(trainer) if name in longest}
     return trainer.data_collator([row] * size)
 
 
@@ -241,8 +240,7 @@ def _in_its_dtype(skeleton: Any, args: BeftSFTConfig, under_deepspeed: bool) -> 
     dtype: Any = (args.model_init_kwargs or {}).get("dtype") or "float32"
     attention = (args.model_init_kwargs or {}).get("attn_implementation")
     if attention is not None:  # as the weights are loaded, it is looked at
-        with torch.device("meta"):
-            type(skeleton)._from_config(skeleton.config, attn_implementation=attention)
+        check_attention(skeleton, attention)
     if dtype == "auto":
         dtype = skeleton.config.dtype or "float32"
     if under_deepspeed and args.bf16:

@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, PrecisionType
 
-from .engines import OFFLOADED, name_engine, require_packages
+from ..engines import OFFLOADED, name_engine, require_packages
 
 
 SHIPPED = Path(__file__).parent / "accelerate_configs"

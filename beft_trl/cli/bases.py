@@ -18,9 +18,9 @@ from transformers.utils import (
     cached_file,
 )
 
-from .demo import DEMO_MODEL
-from .layout import find_bias_sites, skeleton_of
-from .weight_files import AGAIN, DAMAGE, CheckpointFiles, first_line
+from ..demo import DEMO_MODEL
+from ..layout import find_bias_sites, skeleton_of
+from ..weight_files import AGAIN, DAMAGE, CheckpointFiles, first_line
 
 
 SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 from trl.scripts.utils import DatasetConfig
 
-from .config import BeftSFTConfig
+from ..config import BeftSFTConfig
 from .data_files import read_file
 
 

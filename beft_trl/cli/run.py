@@ -14,13 +14,13 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
-from . import report
+from .. import report
+from ..importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
+from ..layout import TERMS
+from ..trainer import BeftSFTTrainer
+from ..weight_files import DAMAGE, first_line
 from .bases import base_skeleton, check_weights, refuse_missing_model
-from .importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
-from .layout import TERMS
 from .recipe import Recipe, held_out_rows, load_rows, split_names
-from .trainer import BeftSFTTrainer
-from .weight_files import DAMAGE, first_line
 
 
 class Data(NamedTuple):

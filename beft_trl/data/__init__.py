@@ -1,0 +1,1 @@
+"""What the rows of a run must be: formats, tokens and labels."""

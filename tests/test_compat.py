@@ -1,0 +1,137 @@
+"""What the package uses of other packages without their promise: a test fails by name if a release renames it."""
+
+import copy
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import trl
+from accelerate import Accelerator
+from conftest import make_llama
+from peft import LoraConfig, get_peft_model
+from peft.tuners.beft import BeftLayer, BeftModel, Linear
+from torch import nn
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_available
+from transformers.utils import is_bitsandbytes_available
+
+import beft_trl
+from beft_trl import compat
+
+
+PACKAGE = Path(beft_trl.__file__).parent
+
+
+def source(name):
+    return inspect.getsource(importlib.import_module(name))
+
+
+def test_no_other_module_imports_what_is_private():
+    """By a name that begins with an underscore, of a module or of what is imported from it."""
+    private = re.compile(r"^\s*(from [\w.]*\._\w+[\w.]* import|import [\w.]*\._\w+|from [\w.]+ import .*\b_\w+)", re.M)
+    found = [path.name for path in PACKAGE.rglob("*.py") if private.search(path.read_text(encoding="utf-8"))]
+    assert set(found) <= {"compat.py"}
+
+
+@pytest.mark.parametrize(("owner", "method"), [(o, m) for o, methods in compat.OVERRIDDEN.items() for m in methods])
+def test_an_overridden_method_is_there_and_is_called(owner, method):
+    upstream = getattr(trl, owner, None) or getattr(transformers, owner)
+    assert callable(getattr(upstream, method))
+    calls = source(inspect.getmodule(upstream).__name__)
+    assert re.search(rf"self\.{method}\(", calls), f"{owner} does not call {method} any more"
+
+
+def test_accelerate_marks_a_model_that_it_prepared():
+    model, accelerator = nn.Linear(1, 1), Accelerator(cpu=True)
+    accelerator.prepare_model(model)
+    assert "_is_accelerate_prepared" in vars(model)
+    compat.forget_preparation(model, accelerator)
+    assert "_is_accelerate_prepared" not in vars(model)
+
+
+@pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("deepspeed.utils.tensor_fragment", "_hp_mapping"),
+        ("deepspeed.utils.tensor_fragment", "_z3_optimizer"),
+        ("deepspeed.runtime.zero.partition_parameters", "ds_id"),
+        ("deepspeed.runtime.zero.partition_parameters", "ds_shape"),
+    ],
+)
+def test_deepspeed_names_it_so(module, name):
+    assert re.search(rf"\b{name}\b", source(module))
+
+
+def test_a_16_bit_delta_without_its_fp32_copy_is_an_error():
+    """As it would be if DeepSpeed renamed the link."""
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        compat.has_fp32_copy(nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)))
+    assert not compat.has_fp32_copy(nn.Parameter(torch.zeros(2)))
+
+
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+def test_bitsandbytes_says_whether_4_bit_weights_are_packed():
+    from bitsandbytes.nn import Linear4bit
+
+    assert hasattr(Linear4bit(64, 64), "support_avx512bf16_for_cpu")
+    assert "packing_format_for_cpu" in source("bitsandbytes.nn.modules")
+
+
+def test_a_beft_layer_of_peft_has_what_ours_sets():
+    layer = Linear(nn.Linear(2, 2), "default", beft_trl.tuner.beft_config([]))
+    for name in ("base_layer", "beft_bias", "_disable_adapters", "merged_adapters", "in_features", "_active_adapter"):
+        assert hasattr(layer, name), name
+    assert isinstance(layer, BeftLayer) and callable(BeftModel._create_new_module)
+
+
+def test_peft_names_the_targets_of_a_tuner():
+    model = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
+    assert all(name.endswith("q_proj") for name in model.base_model.targeted_module_names)
+    assert len(model.base_model.targeted_module_names) == 2
+
+
+def test_trl_calls_its_reference_adapter_so():
+    assert f'"{compat.REFERENCE_NAME}"' in source("trl.trainer.dpo_trainer")
+
+
+@pytest.mark.parametrize("ending", compat.METRICS)
+def test_trl_fills_containers_of_these_names(ending):
+    assert re.search(rf"self\.\w*{ending}\b", source("trl.trainer.sft_trainer") + source("trl.trainer.grpo_trainer"))
+
+
+def test_what_from_pretrained_takes_is_known():
+    """By the names that its own source takes out of its keyword arguments."""
+    popped = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(PreTrainedModel.from_pretrained))
+    names = [name for name in popped if not name.startswith("_")]
+    assert len(names) > 20 and set(names) <= set(compat.LOADING)
+
+
+def test_a_file_that_is_not_there_is_none(tmp_path):
+    assert compat.local_file("nobody/nothing", "config.json", None) is None
+    assert compat.local_file(str(tmp_path), "config.json", None) is None
+
+
+def test_transformers_keeps_the_commit_of_a_configuration():
+    assert "_commit_hash" in source("transformers.configuration_utils")
+
+
+def test_settings_can_be_told_to_count_one_device(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=3)
+    args._n_gpu = 4
+    assert args.train_batch_size == 12
+    compat.as_one_device(args)
+    assert args.train_batch_size == 3
+
+
+def test_an_attention_that_there_is_not_is_an_error():
+    with pytest.raises(ValueError, match="bogus"):
+        compat.check_attention(copy.deepcopy(make_llama()), "bogus")
+
+
+def test_the_parser_of_arguments_lists_its_actions():
+    assert "learning_rate" in {action.dest for action in HfArgumentParser(TrainingArguments)._actions}
