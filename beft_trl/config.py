@@ -22,8 +22,8 @@ CHOICES = {
 }
 
 
-# Optimizer steps of the scoring pass. A step of it costs two of training. Adam's first moves every bias equally far, so
-# that one tells little.
+# Optimizer steps of the scoring pass. One costs two of training. Adam's first moves every bias equally far, so that it
+# tells little.
 DEFAULT_SCORE_STEPS = 5
 SCORED_SHARE = 30  # a short run has one for each of so many
 

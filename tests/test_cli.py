@@ -203,7 +203,7 @@ def test_a_dry_run_loads_the_weights_and_leaves_nothing(beft, project, tmp_path)
 
 def test_train_score_info_and_merge_are_one_way(beft, project, tmp_path):
     run = beft(
-        "score", project / "recipe.yaml", "--steps", "1,2", "--method", "fisher", "--output", tmp_path / "scores"
+        "score", project / "recipe.yaml", "--steps", "1,2", "--score_method", "fisher", "--output", tmp_path / "scores"
     )
     assert run.returncode == 0, run.stderr
     assert re.search(r"By importance: \w+ > \w+ > \w+", run.stdout)

@@ -206,7 +206,10 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
             steps = score_steps(args.score_steps, check.steps)
             check.notes.append(f"Before the run {steps} steps measure what relative_learning_rate is relative to.")
     with check.noting():
-        planned.per_device_train_batch_size = args.per_device_train_batch_size  # as a checkpoint has it
+        # As a checkpoint has them.
+        planned.per_device_train_batch_size = args.per_device_train_batch_size
+        if quantization is not None:
+            model.config.quantization_config = quantization
         trainer.find_checkpoint(args.resume_from_checkpoint, check.engine or "single", check.processes)
     check.device_memory = _device_memory(args.device, check.processes)
     try:

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,22 +33,13 @@ app = typer.Typer(
 USAGE_ERROR: Any = typer.BadParameter.__base__
 # Errors whose text is for the user; any other is a defect, and its traceback is of use.
 EXPLAINED = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
-# A recipe's fields come behind it as they do with TRL's scripts: `--learning_rate 1e-3`.
+# A recipe's fields come after it as they do with TRL's scripts: `--learning_rate 1e-3`.
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-RecipePath = Annotated[str, typer.Argument(help="YAML file; its fields can be overridden behind it: --seed 1.")]
+RecipePath = Annotated[str, typer.Argument(help="YAML file; its fields can be overridden after it: --seed 1.")]
 Launch = Annotated[
     str | None,
     typer.Option(help="Launch configuration: ddp, zero1, zero2, zero3, ..., or a file of accelerate's."),
 ]
-
-
-class Method(str, Enum):
-    """A `score_method`, or that of the recipe."""
-
-    recipe = "recipe"
-    beft = "beft"
-    magnitude = "magnitude"
-    fisher = "fisher"
 
 
 @app.callback()
@@ -72,7 +62,7 @@ def check(
 ) -> None:
     """Says what a recipe would do, without its weights, and every reason why it cannot.
 
-    Bias sites, engine and precision, memory, supervised tokens, steps. Exit code 0 only where the run can start.
+    Bias sites, engine and precision, memory, supervised tokens, steps. Exit code 0 only if the run can start.
     """
     with _quiet():
         from .check import check_recipe
@@ -93,9 +83,6 @@ def check(
 def score(
     context: typer.Context,
     recipe: RecipePath,
-    method: Annotated[
-        Method, typer.Option(help="What ranks the terms; all three are measured in any case.")
-    ] = Method.recipe,
     steps: Annotated[
         str | None, typer.Option(help="Optimizer steps of the pass; several, as in 5,10,20, show how it settles.")
     ] = None,
@@ -103,12 +90,11 @@ def score(
         Path | None, typer.Option(help="Folder for beft_scores.json and .png. Default: output_dir of the recipe.")
     ] = None,
 ) -> None:
-    """Runs the scoring pass alone, prints its table, and writes the scores and their heat map."""
+    """Runs only the scoring pass, prints its table, and writes the scores and their heat map."""
     counts = _numbers(steps)
     from .run import score as run_score
 
-    overrides = [] if method is Method.recipe else ["--score_method", method.value]
-    run_score(_parse(recipe, [*context.args, "--bias_term", "auto", *overrides]), counts, output)
+    run_score(_parse(recipe, [*context.args, "--bias_term", "auto"]), counts, output)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

@@ -645,7 +645,7 @@ CHECKPOINTS: list[tuple] = [
     ("no", "files elsewhere", edit(f"{TWO}/{MANIFEST}", "files: {../../secret: {bytes: 1, sha256: ''}}"), TWO),
     ("no", "another base", None, f"{TWO}; {OPT}"),
     ("no", "another base, allowed", None, f"{TWO}; {OPT}; allow_changed_resume: true"),
-    ("late", "other weights", tensors(BASE, lambda name, values: {name: values + 0.1}), TWO),
+    ("no", "other weights", tensors(BASE, lambda name, values: {name: values + 0.1}), TWO),
     ("ok", "the same base elsewhere", partial(os.renames, "llama", "m"), f"{TWO}; {M}"),
     ("no", "other data", write("rows.jsonl", ROWS[::-1]), TWO),
     ("no", "fewer rows", write("rows.jsonl", ROWS[:6]), TWO),
@@ -667,7 +667,7 @@ CHECKPOINTS: list[tuple] = [
 USAGE = """
 2  --nothing | nothing | check | train | info | merge | merge --adapter adapter | info adapter more
 2  merge --adapter adapter --output merged --nothing | score recipe.yaml --steps 5,ten | score recipe.yaml --steps 0
-2  score recipe.yaml --steps= | score recipe.yaml --method bogus
+2  score recipe.yaml --steps= | score recipe.yaml --score_method
 0  --help | score recipe.yaml --steps 1,2 | check recipe.yaml --seed=1 --seed=2 | check recipe.yaml --json
 0  check recipe.yaml --dry-run | info run/checkpoint-2
 1  score recipe.yaml --steps 100 | score recipe.yaml --output recipe.yaml
