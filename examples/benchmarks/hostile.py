@@ -45,7 +45,8 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from beft_trl import check, checkpoints, cli, info, merge, run  # noqa: F401  for the forks that run the commands
+from beft_trl import checkpoints, cli, merge  # noqa: F401  for the forks that run the commands
+from beft_trl.cli import check, info, run  # noqa: F401
 
 
 with contextlib.suppress(ImportError):
@@ -830,7 +831,7 @@ def beft(arguments: list[str], place: Path) -> Result:
     code, after = forked(command, place, "work"), files()
     text = "".join((place / name).read_text(errors="replace") for name in ("stdout", "stderr"))
     told = re.findall(r"(?:Error|Problem): ?(.*)", text) or text.strip().splitlines()[-1:]
-    frames = re.findall(r"beft_trl/(\w+\.py)\", line (\d+)", text)
+    frames = re.findall(r"beft_trl/([\w/]+\.py)\", line (\d+)", text)
     return Result(
         arguments=" ".join(arguments),
         code=code,
