@@ -24,11 +24,12 @@ except ImportError as error:
     ) from error
 
 from .compat import is_split
-from .config import CHOICES, SETTINGS, check_values
+from .config import CHOICES, SETTINGS, BeftConfigMixin, check_values
 from .deltas import gather_deltas
 from .engines import NO_FSDP
 from .layout import find_bias_sites, sites_of_term
 from .mixin import BeftTrainerMixin
+from .spans import sites_in, spec_of
 from .tuner import attach_deltas, beft_config, delta, load_adapter
 
 
@@ -75,6 +76,7 @@ FIELD_OF = {f"beft_{name}": name for name in SETTINGS}  # the plugin's keys, and
 
 def _fields() -> dict[str, Any]:
     kinds: dict[str, Any] = {name: each.type for name, each in SETTINGS.items()}
+    kinds["bias_layers"] = str | int | list[int | str]
     kinds |= {name: Literal[tuple(choices)] for name, choices in CHOICES.items()}
     about = {name: {"description": each.metadata["help"]} for name, each in SETTINGS.items()}
     return {
@@ -118,7 +120,7 @@ class BeftPlugin(BasePlugin):
     ) -> tuple[PeftModel | None, PeftConfig] | None:
         if cfg.adapter != "beft":
             return None
-        sites = find_bias_sites(model)
+        sites = sites_in(find_bias_sites(model), spec_of(cfg.beft_bias_layers or BeftConfigMixin.bias_layers))
         term = cfg.beft_bias_term or "auto"
         candidates = sites if term == "auto" else sites_of_term(sites, term)
         if config_only:

@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from .importance import SCORE_OF_METHOD
 from .layout import TERMS
+from .spans import spec_of
 
 
 CHOICES = {
@@ -54,6 +55,8 @@ class BeftConfigMixin:
     Args:
         bias_term: the term to train. `"auto"` scores query, key and value first and takes the best; `"all"` trains
             the three together.
+        bias_layers: the layers whose bias is trained: `"all"`, `"upper"` (the upper half), a range such as `"15-29"`,
+            or a list of numbers. Frozen layers below the lowest of them take no part in the backward pass.
         score_method: how the terms are ranked: `"beft"` (angle and change of magnitude together), `"magnitude"` or
             `"fisher"`. All three are reported.
         score_steps: optimizer steps of the scoring pass, which runs over as many batches a second time for the
@@ -82,6 +85,13 @@ class BeftConfigMixin:
             "help": "Attention bias term to train: `query`, `key`, `value`, `all` of them together, or `auto`, which "
             "scores all three first and takes the best.",
             "choices": CHOICES["bias_term"],
+        },
+    )
+    bias_layers: str = field(
+        default="all",
+        metadata={
+            "help": "Layers whose bias is trained: `all`, `upper` (the upper half), a range such as `15-29`, or a "
+            "list. Frozen layers below them take no part in the backward pass."
         },
     )
     score_method: str = field(
@@ -131,6 +141,7 @@ class BeftConfigMixin:
 
     def __post_init__(self):
         check_values({name: getattr(self, name) for name in SETTINGS})
+        self.bias_layers = spec_of(self.bias_layers)
         init = getattr(self, "model_init_kwargs", None)
         if isinstance(init, dict) and "torch_dtype" in init:
             # The old name of a key that most public recipes have: TRL reads only the new one.
@@ -186,6 +197,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
     for name, choices in CHOICES.items():
         if name in settings and settings[name] not in choices:
             raise ValueError(f"{name}={settings[name]!r} is not one of {', '.join(map(repr, choices))}.")
+    if "bias_layers" in settings:
+        spec_of(settings["bias_layers"])
     steps = settings.get("score_steps")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(

@@ -68,6 +68,7 @@ from .saving import (
     write_description,
 )
 from .scoring import ScoringResult, measure_outputs, run_steps, score_biases, score_steps, score_terms
+from .spans import end_backward_below, ranges, sites_in
 from .tuner import (
     ADAPTER_NAME,
     Deltas,
@@ -145,12 +146,14 @@ class BeftTrainerMixin:
         skeleton = skeleton_of(model, args, auto_class) if isinstance(model, str) else model
         self._check_given(given, skeleton)
         known_tokens_only(given, skeleton.config)
-        sites = find_bias_sites(skeleton)
+        every_site = find_bias_sites(skeleton)
+        sites = sites_in(every_site, args.bias_layers)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
         candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
         saved_whole = None
         if isinstance(model, PeftModel):
-            candidates = adopt_deltas(model, sites)
+            candidates = adopt_deltas(model, every_site)
+            sites = sites_in(every_site, ranges(site.layer for site in candidates))
         elif "peft_config" in inspect.signature(super().__init__).parameters:
             # TRL's trainers take the base without an adapter as reference model; of a PeftModel they would copy it.
             given["peft_config"] = adapter_config(skeleton, candidates)
@@ -177,6 +180,7 @@ class BeftTrainerMixin:
                 "and bf16=False."
             )
         deltas_to_fp32(self.model)
+        end_backward_below(self.model, candidates)
         keep_4bit_trainable(self.model)
         self.bias_sites = sites
         self.learning_rates: dict[str, float] = {}

@@ -24,6 +24,7 @@ from ..data.rows import prepare_rows
 from ..engines import engine_of, precision_of, refuse_cell
 from ..layout import BiasSites, find_bias_sites, sites_of_term
 from ..scoring import run_steps, score_steps
+from ..spans import sites_in
 from ..trainer import BeftSFTTrainer
 from .bases import base_skeleton, check_weights, refuse_missing_model
 from .launch import launch_command, launched_engine
@@ -148,7 +149,7 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
     with check.noting():
         skeleton = _in_its_dtype(base, args, under_deepspeed=(check.engine or "").startswith("zero"))
         check.parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-        check.sites = find_bias_sites(skeleton)
+        check.sites = sites_in(find_bias_sites(skeleton), args.bias_layers)
         check.candidates = sum(len(site.rows) for site in sites_of_term(check.sites, args.bias_term))
         model = skeleton
     with check.noting():

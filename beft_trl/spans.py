@@ -1,0 +1,124 @@
+"""The span of layers that a run trains, and the end of its backward pass below them."""
+
+import re
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .layout import BiasSite, BiasSites
+
+
+SPEC = re.compile(r"all|upper|\d+(-\d+)?(,\d+(-\d+)?)*")
+
+
+def spec_of(bias_layers: Any) -> str:
+    """`bias_layers` as text without spaces: a list or a number of YAML's becomes `"3,5"` or `"3"`.
+
+    Raises:
+        ValueError: for what names no layers.
+    """
+    parts = bias_layers if isinstance(bias_layers, (list, tuple)) else [bias_layers]
+    spec = "".join(",".join(map(str, parts)).split())
+    if isinstance(bias_layers, bool) or not SPEC.fullmatch(spec):
+        raise ValueError(
+            f"bias_layers={bias_layers!r} names no layers. Give 'all', 'upper' for the upper half, a range such as "
+            "'15-29', or a list such as [3, 5, 7]."
+        )
+    return spec
+
+
+def sites_in(sites: BiasSites, bias_layers: str) -> BiasSites:
+    """The sites in the layers that `bias_layers` names.
+
+    Args:
+        sites (`BiasSites`): of the whole model.
+        bias_layers (`str`): `"all"`, `"upper"`, or numbers and ranges of layers, see [`spec_of`]. The upper half is
+            that of the layers that have sites.
+
+    Raises:
+        ValueError: for a layer that the model does not have, or that has no projections.
+    """
+    layers = sorted({site.layer for site in sites})
+    if bias_layers == "all":
+        wanted = set(layers)
+    elif bias_layers == "upper":
+        wanted = set(layers[len(layers) // 2 :])
+    else:
+        ends = [[int(number) for number in part.split("-")] for part in bias_layers.split(",")]
+        wanted = {layer for part in ends for layer in range(part[0], part[-1] + 1)}
+        if not wanted or not wanted <= set(layers):
+            raise ValueError(
+                f"bias_layers={bias_layers!r} names layers that have no query, key and value projections: this model "
+                f"has them in layers {ranges(layers)}."
+            )
+    chosen = BiasSites(site for site in sites if site.layer in wanted)
+    chosen.left_out = sites.left_out
+    return chosen
+
+
+def ranges(layers: Any) -> str:
+    """Numbers of layers as text, such as `"3,15-29"`."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1][1:] = [layer]
+        else:
+            runs.append([layer])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> None:
+    """Keeps the frozen layers below the lowest of `sites` out of the backward pass, with gradient checkpointing too.
+
+    Without it they are out by themselves. With it Transformers, PEFT and TRL let the output of the embeddings require
+    a gradient, which then goes through every layer. Here the output of the last frozen layer does in its place, and
+    the frozen layers are computed once.
+
+    Args:
+        model (`PeftModel`): with its deltas.
+        sites (`list[BiasSite]`): all that can be trained.
+    """
+    found = layer_list(model.get_base_model(), sites)
+    if found is None:
+        return
+    layers, lowest = found
+    if lowest == 0 or not hasattr(layers[0], "gradient_checkpointing"):
+        return
+
+    def checkpoint_none_below(*call: Any) -> None:
+        for layer in layers[:lowest]:
+            layer.gradient_checkpointing = False  # a run switches it on for all of them when it begins
+
+    def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return _map(args, Tensor.detach), {name: _map(value, Tensor.detach) for name, value in kwargs.items()}
+
+    def end(module: nn.Module, args: tuple, output: Any) -> Any:
+        if layers[lowest].gradient_checkpointing and torch.is_grad_enabled():
+            return _map(output, lambda values: values.detach().requires_grad_())
+        return output
+
+    model.register_forward_pre_hook(checkpoint_none_below)
+    layers[0].register_forward_pre_hook(start, with_kwargs=True)
+    layers[lowest - 1].register_forward_hook(end)
+
+
+def layer_list(base: nn.Module, sites: list[BiasSite]) -> tuple[Any, int] | None:
+    """The `ModuleList` of the layers that `sites` are in, and the index of the lowest; `None` if there is none."""
+    path, lowest = "", None
+    for site in sites:
+        index = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site.module)
+        if index is None:
+            return None
+        path = site.module[: index.start()]
+        lowest = int(index[1]) if lowest is None else min(lowest, int(index[1]))
+    layers = base.get_submodule(path) if lowest is not None else None
+    return (layers, lowest) if isinstance(layers, nn.ModuleList) and lowest is not None else None
+
+
+def _map(given: Any, change: Any) -> Any:
+    """What a layer takes or gives, with its floating-point tensors changed."""
+    if isinstance(given, Tensor):
+        return change(given) if given.is_floating_point() else given
+    return type(given)(_map(part, change) for part in given) if type(given) in (tuple, list) else given
