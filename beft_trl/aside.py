@@ -11,7 +11,8 @@ import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from .compat import METRICS, forget_engine, forget_preparation
+from .compat.adapters import METRICS
+from .compat.engines import forget_engine, forget_preparation
 
 
 @contextmanager

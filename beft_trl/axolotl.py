@@ -23,7 +23,7 @@ except ImportError as error:
         "pip install axolotl, in an environment of its own."
     ) from error
 
-from .compat import is_split
+from .compat.engines import is_split
 from .config import CHOICES, SETTINGS, BeftConfigMixin, check_values
 from .deltas import gather_deltas
 from .engines import NO_FSDP

@@ -14,9 +14,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from .compat import sort_checkpoints
 from .identity import FIXED, differences
 from .importance import SCORES_FILE, BiasScores, recorded_learning_rates
 

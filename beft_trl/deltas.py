@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .compat import has_fp32_copy, is_split, whole_shape
+from .compat.engines import has_fp32_copy, is_split, whole_shape
 from .layout import BiasSite
 from .tuner import SAVED_WHOLE, Deltas, delta, parameters_saved_whole, projection, rows_of_modules
 

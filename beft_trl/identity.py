@@ -11,7 +11,8 @@ from datasets import Dataset
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
-from .compat import is_split, local_file, revision_of
+from .compat.engines import is_split
+from .compat.models import local_file, revision_of
 
 
 SAMPLED_ROWS = 1024

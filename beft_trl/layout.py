@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .compat import LOADING, LOADING_ONLY
+from .compat.models import LOADING, LOADING_ONLY
 
 
 TERMS = ("query", "key", "value")

@@ -15,7 +15,7 @@ from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import ParallelMode
 from trl import RewardTrainer
 
@@ -35,14 +35,8 @@ from .checkpoints import (
     steps_of,
     warn_of_other_runs,
 )
-from .compat import (
-    beft_tuner,
-    copy_to_reference,
-    forget_preparation,
-    keep_4bit_trainable,
-    rotate_checkpoints,
-    whole_shape,
-)
+from .compat.adapters import beft_tuner, copy_to_reference
+from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
 from .data.labels import check_tokens, position_limit
 from .data.vocabulary import known_tokens_only
 from .deltas import (

@@ -17,7 +17,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from . import report
 from .checkpoints import last_complete_checkpoint
-from .compat import whole_shape
+from .compat.engines import whole_shape
 from .importance import SCORES_FILE, BiasScores
 from .tuner import ADAPTER_NAME, Deltas, parameters_saved_whole, projection, task_ending
 

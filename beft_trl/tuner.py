@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .compat import BeftConfig, BeftLayer, beft_tuner, set_targets
+from .compat.adapters import BeftConfig, BeftLayer, beft_tuner, set_targets
 from .layout import BiasSite
 
 

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.utils import is_bitsandbytes_available
 
 import beft_trl
-from beft_trl import compat
+from beft_trl.compat import adapters, engines, models
 
 
 PACKAGE = Path(beft_trl.__file__).parent
@@ -33,11 +33,11 @@ def source(name):
 def test_no_other_module_imports_what_is_private():
     """By a name that begins with an underscore, of a module or of what is imported from it."""
     private = re.compile(r"^\s*(from [\w.]*\._\w+[\w.]* import|import [\w.]*\._\w+|from [\w.]+ import .*\b_\w+)", re.M)
-    found = [path.name for path in PACKAGE.rglob("*.py") if private.search(path.read_text(encoding="utf-8"))]
-    assert set(found) <= {"compat.py"}
+    found = [path for path in PACKAGE.rglob("*.py") if private.search(path.read_text(encoding="utf-8"))]
+    assert {path.parent.name for path in found} <= {"compat"}
 
 
-@pytest.mark.parametrize(("owner", "method"), [(o, m) for o, methods in compat.OVERRIDDEN.items() for m in methods])
+@pytest.mark.parametrize(("owner", "method"), [(o, m) for o, methods in models.OVERRIDDEN.items() for m in methods])
 def test_an_overridden_method_is_there_and_is_called(owner, method):
     upstream = getattr(trl, owner, None) or getattr(transformers, owner)
     assert callable(getattr(upstream, method))
@@ -49,7 +49,7 @@ def test_accelerate_marks_a_model_that_it_prepared():
     model, accelerator = nn.Linear(1, 1), Accelerator(cpu=True)
     accelerator.prepare_model(model)
     assert "_is_accelerate_prepared" in vars(model)
-    compat.forget_preparation(model, accelerator)
+    engines.forget_preparation(model, accelerator)
     assert "_is_accelerate_prepared" not in vars(model)
 
 
@@ -70,8 +70,8 @@ def test_deepspeed_names_it_so(module, name):
 def test_a_16_bit_delta_without_its_fp32_copy_is_an_error():
     """As it would be if DeepSpeed renamed the link."""
     with pytest.raises(RuntimeError, match="bfloat16"):
-        compat.has_fp32_copy(nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)))
-    assert not compat.has_fp32_copy(nn.Parameter(torch.zeros(2)))
+        engines.has_fp32_copy(nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)))
+    assert not engines.has_fp32_copy(nn.Parameter(torch.zeros(2)))
 
 
 @pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
@@ -96,10 +96,10 @@ def test_peft_names_the_targets_of_a_tuner():
 
 
 def test_trl_calls_its_reference_adapter_so():
-    assert f'"{compat.REFERENCE_NAME}"' in source("trl.trainer.dpo_trainer")
+    assert f'"{adapters.REFERENCE_NAME}"' in source("trl.trainer.dpo_trainer")
 
 
-@pytest.mark.parametrize("ending", compat.METRICS)
+@pytest.mark.parametrize("ending", adapters.METRICS)
 def test_trl_fills_containers_of_these_names(ending):
     assert re.search(rf"self\.\w*{ending}\b", source("trl.trainer.sft_trainer") + source("trl.trainer.grpo_trainer"))
 
@@ -108,12 +108,12 @@ def test_what_from_pretrained_takes_is_known():
     """By the names that its own source takes out of its keyword arguments."""
     popped = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(PreTrainedModel.from_pretrained))
     names = [name for name in popped if not name.startswith("_")]
-    assert len(names) > 20 and set(names) <= set(compat.LOADING)
+    assert len(names) > 20 and set(names) <= set(models.LOADING)
 
 
 def test_a_file_that_is_not_there_is_none(tmp_path):
-    assert compat.local_file("nobody/nothing", "config.json", None) is None
-    assert compat.local_file(str(tmp_path), "config.json", None) is None
+    assert models.local_file("nobody/nothing", "config.json", None) is None
+    assert models.local_file(str(tmp_path), "config.json", None) is None
 
 
 def test_transformers_keeps_the_commit_of_a_configuration():
@@ -124,13 +124,13 @@ def test_settings_can_be_told_to_count_one_device(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=3)
     args._n_gpu = 4
     assert args.train_batch_size == 12
-    compat.as_one_device(args)
+    models.as_one_device(args)
     assert args.train_batch_size == 3
 
 
 def test_an_attention_that_there_is_not_is_an_error():
     with pytest.raises(ValueError, match="bogus"):
-        compat.check_attention(copy.deepcopy(make_llama()), "bogus")
+        models.check_attention(copy.deepcopy(make_llama()), "bogus")
 
 
 def test_the_parser_of_arguments_lists_its_actions():

@@ -24,8 +24,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from beft_trl import MergeError, find_bias_sites, merge_adapter, placement
+from beft_trl import MergeError, find_bias_sites, merge_adapter
 from beft_trl.layout import BiasSite, features, output_projection
+from beft_trl.merge import placement
 from beft_trl.tuner import attach_deltas, delta
 
 

@@ -17,7 +17,7 @@ from trl import SFTTrainer, get_quantization_config
 
 from ..arguments import refuse_push
 from ..checkpoints import check_writable
-from ..compat import as_one_device, check_attention, learnt_columns
+from ..compat.models import as_one_device, check_attention, learnt_columns
 from ..config import BeftSFTConfig
 from ..data.labels import LabelAudit, audit_labels, untruncated
 from ..data.rows import prepare_rows

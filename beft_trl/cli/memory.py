@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..compat import (
+from ..compat.tracing import (
     DataDependentOutputException,
     FakeTensorMode,
     TorchDispatchMode,

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..compat import local_file, revision_of
+from ..compat.models import local_file, revision_of
 
 
 TEMPLATE_FILES = (".jinja", ".j2")

@@ -1,0 +1,84 @@
+"""What PEFT and TRL keep to themselves."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+try:
+    from peft import BeftConfig
+    from peft.tuners.beft import BeftLayer, BeftModel, Linear
+except ImportError as error:
+    raise ImportError(
+        f"beft_trl needs PEFT 0.20 or later, which has a BEFT tuner, and PEFT {version('peft')} is installed: pip "
+        "install --upgrade peft."
+    ) from error
+
+
+__all__ = ["BeftConfig", "BeftLayer", "Conv1DWithDelta", "beft_tuner", "copy_to_reference", "set_targets"]
+
+REFERENCE_NAME = "ref"  # TRL's name for a frozen copy of the adapter
+METRICS = ("_metrics", "_logs")  # how the names of the containers end that TRL's trainers fill in place
+
+
+class Conv1DWithDelta(Linear):
+    """PEFT's BEFT layer around GPT-2's `Conv1D`, a linear layer whose weight is stored transposed."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BeftConfig):
+        # PEFT's own initialisers take only `nn.Linear`; this is what they do to one (PEFT 0.21).
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.beft_bias = nn.ParameterDict({})
+        self._disable_adapters = False
+        self.merged_adapters = []
+        layer: Any = self.get_base_layer()
+        self.in_features, self.out_features = layer.nx, layer.nf
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config)
+
+
+@contextmanager
+def beft_tuner() -> Iterator[None]:
+    """PEFT's BEFT tuner with `Conv1D` layers, and without its warning for every layer without a bias.
+
+    The warning says that the layer cannot be merged, which `merge_adapter` does. The part on `Conv1D` goes when PEFT's
+    `BeftModel._create_new_module` takes it (PEFT 0.21).
+    """
+    create = BeftModel._create_new_module
+
+    def create_on_conv1d_too(config: BeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(layer, Conv1D):
+            return Conv1DWithDelta(target, adapter_name, config)
+        return create(config, adapter_name, target, **kwargs)
+
+    BeftModel._create_new_module = staticmethod(create_on_conv1d_too)  # type: ignore[method-assign,assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected that the base layer has no bias term")
+            yield
+    finally:
+        BeftModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
+
+
+def set_targets(model: Any, adapter_name: str, modules: list[str]) -> None:
+    """Says which modules an adapter is in. Lists: PEFT (0.21) would write a set to the adapter's file in any order."""
+    model.base_model.targeted_module_names = modules
+    model.peft_config[adapter_name].target_modules = modules
+
+
+def copy_to_reference(model: nn.Module, adapter_name: str) -> None:
+    """Gives TRL's reference adapter the deltas of the one that is trained, in place.
+
+    TRL (1.16) copies parameters with `.default.` in their names, and the name of a delta ends with `.default`: the
+    reference would be the plain base. This goes when it copies by adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, BeftLayer) and REFERENCE_NAME in module.beft_bias:
+            module.beft_bias[REFERENCE_NAME].data.copy_(module.beft_bias[adapter_name].data)
