@@ -1,20 +1,24 @@
 """What a trainer was given: its arguments by name, and those that cannot train anything."""
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from huggingface_hub import get_token, is_offline_mode
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
-from .config import BeftConfigMixin
+from .config import BeftConfigMixin, enough_steps
 from .layout import BiasSites
 from .tuner import refuse_other_adapters
 
+
+logger = get_logger(__name__)
 
 # What an evaluation gives without a function for metrics: for each dataset by Transformers, and for all by TRL.
 EVALUATED = ("loss", "runtime", "samples_per_second", "steps_per_second")
@@ -82,6 +86,12 @@ def refuse_arguments(given: dict[str, Any]) -> None:
             f"relative_learning_rate={args.relative_learning_rate} gives each layer a learning rate, and DeepSpeed's "
             "own optimizer, which its configuration asks for, takes one for all. Take the optimizer out of that "
             "configuration, or give learning_rate."
+        )
+    options: dict[str, Any] = (given.get("optimizer_cls_and_kwargs") or (None, {}))[1]
+    if args.relative_learning_rate is not None and "lr" in options:
+        raise ValueError(
+            f"optimizer_cls_and_kwargs has lr={options['lr']}, and each layer learns at relative_learning_rate="
+            f"{args.relative_learning_rate} of its mean output. Leave lr out, or give learning_rate in args too."
         )
     if any(given.get("optimizers") or ()):
         raise ValueError(
@@ -162,6 +172,28 @@ def check_settings(args: TrainingArguments, given: tuple[Any, dict] | None = Non
             f"lr_scheduler_type={name!r} cannot be made with lr_scheduler_kwargs={args.lr_scheduler_kwargs} and "
             f"warmup_steps={args.warmup_steps}: {error}."
         ) from error
+
+
+def give_enough_steps(trainer: Any) -> None:
+    """Takes as many epochs as a bias needs, if the settings ask for no length, and warns of one that is too short.
+
+    Args:
+        trainer (`Trainer`): with its rows prepared. `args.num_train_epochs` is set.
+    """
+    args = trainer.args
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return  # a stream, for which max_steps is given
+    rows = len(trainer.train_dataset)
+    per_epoch = math.ceil(rows / (args.train_batch_size * args.gradient_accumulation_steps * args.world_size))
+    enough = enough_steps(rows)
+    if args.num_train_epochs is None:
+        args.num_train_epochs = float(math.ceil(enough / per_epoch))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    if steps < enough / 2:
+        logger.warning(
+            f"This run has {steps} optimizer steps, and a bias learns {rows} rows in about {enough} small ones. Leave "
+            "out num_train_epochs and max_steps to get so many, or lower the batch size."
+        )
 
 
 def refuse_push(args: TrainingArguments) -> None:

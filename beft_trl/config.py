@@ -23,6 +23,8 @@ CHOICES = {
 }
 
 
+RELATIVE_LEARNING_RATE = 0.1
+ENOUGH_STEPS = 300
 # Optimizer steps of the scoring pass. One costs two of training. Adam's first moves every bias equally far, so that it
 # tells little.
 DEFAULT_SCORE_STEPS = 5
@@ -183,6 +185,15 @@ class BeftConfigMixin:
 SETTINGS = {each.name: each for each in fields(BeftConfigMixin) if each.name != "logging_nan_inf_filter"}
 
 
+def enough_steps(rows: int) -> int:
+    """The optimizer steps of a run whose length is not given: a bias underfits in fewer, whatever the rows.
+
+    Args:
+        rows (`int`): to learn from.
+    """
+    return max(ENOUGH_STEPS, rows)
+
+
 def default_score_steps(run: int) -> int:
     """The optimizer steps of the scoring pass of a run of `run` steps."""
     return min(DEFAULT_SCORE_STEPS, max(2, run // SCORED_SHARE), run)
@@ -215,17 +226,47 @@ class BeftSFTConfig(BeftConfigMixin, SFTConfig):
     """`trl.SFTConfig` with the BEFT settings of [`BeftConfigMixin`] and defaults that suit biases.
 
     Args:
-        learning_rate: 3e-3. A bias has no multiplicative effect to blow up, and 2e-5 would hardly move it; the paper
-            has 1e-3.
+        learning_rate: one for all layers, as in TRL. Without it each layer learns at `relative_learning_rate`, by
+            default 0.1, of what its projection gives, since a bias of a size that is right in one layer is nothing in
+            another. Giving both is an error.
+        num_train_epochs: as many as [`enough_steps`] take, if neither it nor `max_steps` is given.
+        per_device_train_batch_size: 2. Many small steps teach a bias more than few large ones.
         weight_decay: 0.0. Decay would pull a bias back towards the pretrained one.
         bf16: on where neither it nor `fp16` is given and the device is a GPU that can. TRL's own default is an error
             on one that cannot, and on a CPU without AVX512 a hundred times slower than fp32.
     """
 
-    learning_rate: float = field(default=3e-3, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "The initial learning rate, one for all layers. Default: `relative_learning_rate`, "
+            f"{RELATIVE_LEARNING_RATE}, of what each layer's projection gives."
+        },
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the biases."})
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": f"Passes over the rows. Default, if max_steps is not given: those of {ENOUGH_STEPS} optimizer "
+            "steps, or of as many as there are rows."
+        },
+    )
+    per_device_train_batch_size: int = field(
+        default=2, metadata={"help": "Rows of a step on each device. A bias learns more from many small steps."}
+    )
 
     def __post_init__(self):
+        if self.num_train_epochs is None and self.max_steps > 0:
+            self.num_train_epochs = 3.0  # which max_steps overrides
+        if self.learning_rate is None:
+            if self.relative_learning_rate is None:
+                self.relative_learning_rate = RELATIVE_LEARNING_RATE
+            self.learning_rate = self.relative_learning_rate  # which the schedule scales
+        elif self.relative_learning_rate is not None and self.learning_rate != self.relative_learning_rate:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} is one for all layers, and relative_learning_rate="
+                f"{self.relative_learning_rate} gives each layer its own: the two exclude each other. Leave one out."
+            )
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
@@ -265,7 +306,7 @@ def _check_ranges(args: Any) -> None:
     steps, epochs = args.max_steps, args.num_train_epochs
     if not isinstance(steps, int) or (steps < 1 and steps != -1):
         raise ValueError(f"max_steps={steps!r} cannot be: give at least 1, or -1 to go by num_train_epochs.")
-    if steps == -1 and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf):
+    if steps == -1 and epochs is not None and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf):
         raise ValueError(f"num_train_epochs={epochs!r} trains nothing: give a number above 0, or max_steps.")
 
 

@@ -35,7 +35,7 @@ from .checkpoints import (
     steps_of,
     warn_of_other_runs,
 )
-from .compat.adapters import beft_tuner, copy_to_reference
+from .compat.adapters import beft_tuner, copy_to_reference, labelled_tokens_only
 from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
 from .data.labels import check_tokens, position_limit
 from .data.vocabulary import known_tokens_only
@@ -302,11 +302,6 @@ class BeftTrainerMixin:
         if not terms:
             return None
         term = terms[0] if len(terms) == 1 else "all"
-        if self.args.relative_learning_rate is not None:
-            raise ValueError(
-                "relative_learning_rate is measured before a bias is trained, and the model's adapter has been. Give "
-                "learning_rate to go on training it."
-            )
         if self.args.bias_term not in ("auto", term):
             raise ValueError(
                 f"The model's adapter trains the {term} bias, and this run asks for bias_term="
@@ -369,7 +364,8 @@ class BeftTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, *others: Any, **kwargs: Any):
-        computed = super().compute_loss(model, *others, **kwargs)
+        with labelled_tokens_only(self.args.device):
+            computed = super().compute_loss(model, *others, **kwargs)
         if self.model.training:
             loss = computed[0] if isinstance(computed, tuple) else computed
             # One look for each optimizer step, since it waits for the device: NaN and infinity stay in a sum.

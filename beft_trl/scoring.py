@@ -105,7 +105,7 @@ def score_biases(trainer: Any, deltas: Deltas, sites: BiasSites, steps: int, run
 
 
 def measure_outputs(trainer: Any, deltas: Deltas, steps: int, run: Callable[[], Any]) -> dict[BiasSite, Tensor]:
-    """The mean outputs of [`ScoringResult`], for a run that scores nothing."""
+    """The mean outputs of [`ScoringResult`], with the deltas as they are, for a run that scores nothing."""
     with ScoringProbe(deltas.model, deltas.sites, trainer.accelerator) as probe:
         _train_aside(trainer, deltas, steps, 0.0, run, probe)
     return probe.mean_outputs
@@ -147,13 +147,13 @@ def _train_aside(
     trainer: Any, deltas: Deltas, steps: int, learning_rate: float, run: Callable[[], Any], *callbacks: TrainerCallback
 ) -> dict[BiasSite, Tensor]:
     """Trains for `steps` steps at a constant rate, puts everything back, and returns the deltas that it made."""
-    head = gather_saved_whole(deltas.model)
+    before, head = gather_deltas(deltas.model, deltas.sites), gather_saved_whole(deltas.model)
     try:
         with set_aside(trainer, steps, learning_rate, callbacks):
             run()
             return gather_deltas(deltas.model, deltas.sites)
     finally:
-        set_deltas(deltas.model, dict.fromkeys(deltas.sites))
+        set_deltas(deltas.model, before)
         restore_saved_whole(deltas.model, head)
 
 

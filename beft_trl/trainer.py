@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
 from . import report
-from .arguments import check_settings, refuse_absent_anchor, refuse_encoder, refuse_unknown_metric
+from .arguments import check_settings, give_enough_steps, refuse_absent_anchor, refuse_encoder, refuse_unknown_metric
 from .config import BeftSFTConfig, BeftTrainingArguments
 from .data.labels import drop_masked, refuse_too_few_rows
 from .data.rows import UNRENDERED, check_cells, check_columns, check_roles, explain_unrendered, prepare_rows
@@ -50,6 +50,7 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
         super().__init__(model, args, *positional, **kwargs)
         refuse_absent_anchor(args, self.bias_sites)
         refuse_too_few_rows(self)
+        give_enough_steps(self)
 
     def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
         args, formatting = given["args"], given.get("formatting_func")

@@ -107,6 +107,8 @@ def make_config(tmp_path):
             "disable_tqdm": True,
             "score_steps": 2,
         }
+        if settings.get("relative_learning_rate") is None:
+            defaults["learning_rate"] = 3e-3
         return BeftSFTConfig(**{**defaults, **settings})
 
     return make

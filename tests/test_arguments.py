@@ -78,13 +78,13 @@ def test_a_beft_model_over_an_injected_adapter_is_refused(make_trainer):
         make_trainer(get_peft_model(model, BeftConfig(target_modules=["v_proj"])))
 
 
-@pytest.mark.parametrize("settings", [{"bias_term": "value"}, {"bias_term": "value", "relative_learning_rate": 0.1}])
+@pytest.mark.parametrize("settings", [{"learning_rate": 1e-2}, {"relative_learning_rate": 0.1}])
 def test_weight_decay_acts_on_the_biases(make_trainer, settings):
     """Each step of AdamW takes rate x decay of what stands there, next to its own step."""
     runs = {}
     for decay in (0.0, 0.5):
         trainer = make_trainer(
-            make_llama(), weight_decay=decay, max_steps=2, lr_scheduler_type="constant", learning_rate=1e-2, **settings
+            make_llama(), bias_term="value", weight_decay=decay, max_steps=2, lr_scheduler_type="constant", **settings
         )
         trainer.train()
         runs[decay] = trainer

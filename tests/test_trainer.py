@@ -447,9 +447,15 @@ def test_a_model_with_a_beft_adapter_goes_on_training_it(make_trainer, tmp_path)
     third = make_trainer(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"), bias_term=other)
     with pytest.raises(ValueError, match=f"adapter trains the {first.selected_bias_term} bias"):
         third.train()
-    fourth = make_trainer(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"), relative_learning_rate=3e-2)
-    with pytest.raises(ValueError, match="relative_learning_rate is measured before a bias is trained"):
-        fourth.train()
+    relative = make_trainer(
+        PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"), relative_learning_rate=0.03, max_steps=1,
+        score_steps=1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    relative.train()  # from the trained values, at the rates of their layers
+    relative.save_model(str(tmp_path / "relative"))
+    for key, values in load_file(tmp_path / "relative" / "adapter_model.safetensors").items():
+        rate = relative.learning_rates[key.removeprefix("base_model.model.").removesuffix(".beft_bias")]
+        assert (values - before[key]).abs().max().item() == pytest.approx(rate, rel=1e-3)
 
 
 @pytest.mark.parametrize(
