@@ -91,7 +91,7 @@ def refuse_arguments(given: dict[str, Any]) -> None:
     if args.relative_learning_rate is not None and "lr" in options:
         raise ValueError(
             f"optimizer_cls_and_kwargs has lr={options['lr']}, and each layer learns at relative_learning_rate="
-            f"{args.relative_learning_rate} of its mean output. Leave lr out, or give learning_rate in args too."
+            f"{args.relative_learning_rate} of its size. Leave lr out, or give learning_rate in args too."
         )
     if any(given.get("optimizers") or ()):
         raise ValueError(

@@ -158,9 +158,9 @@ class BeftPlugin(BasePlugin):
 def _load_for_beft() -> None:
     """Lets Axolotl's loader do for `adapter: beft` what it does for `lora` and `qlora`, and do it on a CPU, too.
 
-    It builds the bitsandbytes configuration for these two names alone and loads in full precision otherwise
+    It builds the bitsandbytes configuration only for these two names and loads in full precision otherwise
     (axolotl/loaders/model.py, `_set_quantization_config`); and under a launcher it puts the model on the accelerator
-    of its rank, also where there is none. This goes when it asks for a capability and for the device instead.
+    of its rank, also if there is none. This goes when it asks for a capability and for the device instead.
     """
     if hasattr(ModelLoader, "_knows_beft"):
         return

@@ -30,7 +30,7 @@ STATE_FILE, ADAPTER_CONFIG = "trainer_state.json", "adapter_config.json"
 
 
 def check_writable(output_dir: str | Path) -> None:
-    """Raises OSError where no file can be written to `output_dir`, or to where it would be made."""
+    """Raises OSError if no file can be written to `output_dir`, or to where it would be made."""
     folder = Path(output_dir).absolute()
     try:
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
@@ -153,7 +153,7 @@ def checkpoint_to_resume(output_dir: str | Path, asked: str | bool | None) -> st
     """The checkpoint that `resume_from_checkpoint` asks for, `True` being the newest complete one.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     word = str(asked or False).lower()  # a recipe gives "true" and "false" as text
     if word == "false":
@@ -195,7 +195,7 @@ def recorded_selection(
 
 
 def refuse_foreign_output(output_dir: str | Path, base_model: str, bias_term: str) -> None:
-    """Raises ValueError where the folder, or the newest checkpoint in it, is of another base model or term."""
+    """Raises ValueError if the folder, or the newest checkpoint in it, is of another base model or term."""
     folder = Path(output_dir)
     last = last_complete_checkpoint(folder)
     for found in (folder, Path(last)) if last else (folder,):

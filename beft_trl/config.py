@@ -65,13 +65,11 @@ class BeftConfigMixin:
             gradients before any update. `None`: see [`default_score_steps`].
         score_learning_rate: constant learning rate of the scoring pass.
         score_anchor: the biases that the change is measured from: `"bias"`, the model's own, `"activation"`, the mean
-            of each projection's output over the tokens of the scoring batches, or `"auto"`, the model's own where
+            of each projection's output over the tokens of the scoring batches, or `"auto"`, the model's own if
             every layer has one and they are together longer than their change.
-        relative_learning_rate: learning rate of the biases as a share of what they stand beside: each layer's is this
-            times the root mean square of its projection's mean output over the tokens of the first `score_steps`
-            batches. It takes the place of `learning_rate`, which is then the one of a task's head alone. 3e-2 and
-            1e-1 were best on two tasks.
-
+        relative_learning_rate: learning rate of the biases as a share of what they are added to: each layer's is this
+            times the root mean square (RMS) of its projection's outputs, over the tokens of the first `score_steps`
+            batches. It takes the place of `learning_rate`, which is then only that of a task's head.
         allow_changed_resume: resume a checkpoint although the data or the settings of the run are others, for
             instance for more steps.
         trust_checkpoint: resume a ZeRO checkpoint that belongs to another user. DeepSpeed unpickles it, and that runs
@@ -124,8 +122,8 @@ class BeftConfigMixin:
     relative_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the biases in each layer, as a share of the mean output of its projection, in "
-            "place of `learning_rate`. Try 3e-2 and 1e-1."
+            "help": "Learning rate of the biases in each layer, as a share of the RMS of what its projection gives, in "
+            f"place of `learning_rate`. Default: {RELATIVE_LEARNING_RATE}, if `learning_rate` is not given either."
         },
     )
     allow_changed_resume: bool = field(
@@ -232,7 +230,7 @@ class BeftSFTConfig(BeftConfigMixin, SFTConfig):
         num_train_epochs: as many as [`enough_steps`] take, if neither it nor `max_steps` is given.
         per_device_train_batch_size: 2. Many small steps teach a bias more than few large ones.
         weight_decay: 0.0. Decay would pull a bias back towards the pretrained one.
-        bf16: on where neither it nor `fp16` is given and the device is a GPU that can. TRL's own default is an error
+        bf16: on if neither it nor `fp16` is given and the device is a GPU that can. TRL's own default is an error
             on one that cannot, and on a CPU without AVX512 a hundred times slower than fp32.
     """
 
@@ -279,14 +277,14 @@ class BeftTrainingArguments(BeftConfigMixin, TrainingArguments):
     Args:
         learning_rate: 3e-3. It is the rate of the new head, too, which the paper's 4e-4 to 1e-3 leaves at chance
             where examples and epochs are few (examples/benchmarks/encoder.py).
-        modules_to_save: names of modules to train and save whole beside the head of the task, such as `["pooler"]` of
-            BERT, in PEFT's words.
+        modules_to_save: names of modules to train and save whole, next to the head of the task, such as `["pooler"]`
+            of BERT, in PEFT's words.
     """
 
     learning_rate: float = field(default=3e-3, metadata={"help": "The initial learning rate for AdamW."})
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules to train and save whole, beside the bias and the head of the task."},
+        metadata={"help": "Modules to train and save whole, next to the bias and the head of the task."},
     )
 
 

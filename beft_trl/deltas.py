@@ -30,7 +30,7 @@ def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str,
     and 16-bit copies of the deltas under DeepSpeed.
 
     Raises:
-        RuntimeError: where a fused layer's delta is not zero outside the rows of `sites`.
+        RuntimeError: if a fused layer's delta is not zero outside the rows of `sites`.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     vectors = _gather_vectors(model, sites)
@@ -70,7 +70,7 @@ def deltas_as_state_dict(model: PeftModel) -> Iterator[None]:
 
 
 def native_biases(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Any]:
-    """The projections' own biases, `None` where there is none; shapes and gathering as in `gather_deltas`."""
+    """The projections' own biases, `None` if there is none; shapes and gathering as in `gather_deltas`."""
     biases: dict[BiasSite, Any] = {site: projection(model, site.module).bias for site in sites}
     with _gathered(list({id(bias): bias for bias in biases.values() if bias is not None}.values())):
         return {
@@ -119,7 +119,7 @@ def all_at_zero(deltas: Deltas) -> Iterator[None]:
 
 
 def check_moved(deltas: dict[BiasSite, Tensor], saved_whole: dict[str, Tensor] | None = None) -> None:
-    """Raises RuntimeError where a delta, or a change of what is saved whole, is zero after training or not finite."""
+    """Raises RuntimeError if a delta, or a change of what is saved whole, is zero after training or not finite."""
     _check_moved("bias deltas", [(f"{site.term} of layer {site.layer}", values) for site, values in deltas.items()])
     _check_moved("parameters of modules trained whole", list((saved_whole or {}).items()))
 

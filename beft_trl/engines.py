@@ -73,13 +73,13 @@ def precision_of(quantization: BitsAndBytesConfig | None, dtype: Any) -> str:
 def slow_16_bits(device: torch.device) -> bool:
     """Whether `device` is a processor without instructions for bf16 and fp16, which it multiplies number by number.
 
-    On an x86 CPU with AVX2 alone that takes a hundred times as long as fp32.
+    On an x86 CPU with only AVX2 that takes a hundred times as long as fp32.
     """
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX")
 
 
 def condition(engine: str, precision: str) -> str | None:
-    """What a cell asks of the recipe beside its engine and precision, or `None`."""
+    """What else a cell asks of the recipe, or `None`."""
     if engine in SPLIT_AT_LOADING and precision == "bf16":
         return "`bf16: true`"
     if engine in SPLIT_AT_LOADING and precision == "4bit":
@@ -88,7 +88,7 @@ def condition(engine: str, precision: str) -> str | None:
 
 
 def require_packages(engine: str, precision: str = "fp32") -> None:
-    """Raises ImportError where a cell needs a package that is not installed."""
+    """Raises ImportError if a cell needs a package that is not installed."""
     if precision in ("8bit", "4bit") and not is_bitsandbytes_available():
         raise ImportError(
             f"{PRECISIONS[precision]} base weights need bitsandbytes, which is not installed: "
@@ -104,7 +104,7 @@ def refuse_cell(engine: str, args: TrainingArguments, quantization: BitsAndBytes
     """Refuses, before any weight is loaded, a recipe that misses a condition of its cell.
 
     Raises:
-        ImportError: where the cell needs a package that is not installed.
+        ImportError: if the cell needs a package that is not installed.
         ValueError: for another condition.
     """
     precision = precision_of(quantization, dtype)

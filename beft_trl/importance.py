@@ -15,7 +15,7 @@ from .layout import TERMS, BiasSite
 
 SCORES_FILE = "beft_scores.json"
 # Keys of the file that earlier ones lack.
-OPTIONAL_KEYS = ("quantization", "notes", "versions")
+OPTIONAL_KEYS = ("layers", "quantization", "notes", "versions")
 # score_method -> the score that ranks by it
 SCORE_OF_METHOD = {"beft": "importance", "magnitude": "magnitude", "fisher": "fisher"}
 
@@ -30,7 +30,7 @@ def importance(b1: Tensor, b0: Tensor) -> Tensor:
         b0: the bias before it, shape (n,).
 
     Returns:
-        A float64 scalar in [0, 2]: 0 for no change (two zero vectors included), 1 where one of the two is zero or they
+        A float64 scalar in [0, 2]: 0 for no change (two zero vectors included), 1 if one of the two is zero or they
         are orthogonal, above 1 for an angle over 90 degrees.
 
     Raises:
@@ -83,7 +83,7 @@ class TermScores:
     layers: list[LayerScores] = field(default_factory=list)
 
     def score(self, name: str) -> float | None:
-        """Mean over the layers of `"importance"`, `"magnitude"` or `"fisher"`; `None` where nothing was scored."""
+        """Mean over the layers of `"importance"`, `"magnitude"` or `"fisher"`; `None` if nothing was scored."""
         return fmean(getattr(layer, name) for layer in self.layers) if self.layers else None
 
 
@@ -93,11 +93,12 @@ class BiasScores:
 
     Attributes:
         selected: `"query"`, `"key"`, `"value"` or `"all"`.
-        method: `"beft"`, `"magnitude"` or `"fisher"`; `None` where the term was given and nothing was scored.
+        method: `"beft"`, `"magnitude"` or `"fisher"`; `None` if the term was given and nothing was scored.
         anchor: `"bias"` or `"activation"`, what the biases before training were taken to be; `None` likewise.
         steps: optimizer steps of the scoring pass.
         base_model: name or path of the base model.
         terms: for each of query, key and value, its scores.
+        layers: numbers of the layers that `bias_layers` names; empty in files of earlier versions.
         quantization: the configuration that the base model was quantised with, or `None`.
         notes: sentences on layers that were left out, and on dead terms of single layers.
         versions: of this package and of those that the run stood on, by name.
@@ -109,24 +110,25 @@ class BiasScores:
     steps: int
     base_model: str
     terms: dict[str, TermScores]
+    layers: list[int] = field(default_factory=list)
     quantization: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def covers(self, site: BiasSite) -> bool:
-        """Whether the bias at `site` is alive: it was scored, or its structure says so where nothing was."""
+        """Whether the bias at `site` is alive: it was scored, or its structure says so if nothing was."""
         if self.method is None:
             return site.dead is None
         return any(layer.layer == site.layer for layer in self.terms[site.term].layers)
 
     @property
     def ranking(self) -> list[str]:
-        """The live terms, best first, by `method`; empty where nothing was scored."""
+        """The live terms, best first, by `method`; empty if nothing was scored."""
         return [] if self.method is None else rank(self.terms, self.method)
 
     @property
     def margin(self) -> float | None:
-        """The best term's score over the second's; `None` without a second or where the second is zero."""
+        """The best term's score over the second's; `None` without a second or if the second is zero."""
         if len(self.ranking) < 2:
             return None
         best, second = (self.terms[term].score(self.ranked_by) for term in self.ranking[:2])
@@ -134,7 +136,7 @@ class BiasScores:
 
     @property
     def ranked_by(self) -> str:
-        """Name of the score that `method` ranks by, `"importance"` where there is no method."""
+        """Name of the score that `method` ranks by, `"importance"` if there is no method."""
         return SCORE_OF_METHOD[self.method or "beft"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +148,7 @@ class BiasScores:
             "anchor": self.anchor,
             "steps": self.steps,
             "base_model": self.base_model,
+            "layers": self.layers,
             "quantization": self.quantization,
             "notes": self.notes,
             "versions": self.versions,

@@ -28,8 +28,8 @@ _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
 # Attention classes of Transformers whose query, key and value share one matrix, with the order of its rows, each read
 # from the class in src/transformers/models/. Structure does not tell the orders apart: their shapes are the same.
 #   blocked:  all queries, all keys, all values.
-#   grouped:  for each key-value head its queries, its key and its value. One query each is interleaving by head, one
-#             group alone is multi-query attention.
+#   grouped:  for each key-value head its queries, its key and its value. One query each is interleaving by head, a
+#             single group is multi-query attention.
 #   codegen:  four blocks of queries, values, keys, one for each shard of the hardware it was trained on.
 _FUSED_ORDER = {
     "BloomAttention": "grouped",  # bloom, `_reshape`
@@ -47,13 +47,13 @@ _FUSED_ORDER = {
     "Phi4MultimodalAttention": "blocked",  # phi4_multimodal, `forward`
 }
 _FUSED_NAME = re.compile(r"qkv|query_key_value|^c_attn$", re.IGNORECASE)
-# Attention classes whose query projection also gives an output gate, behind the query of each head (qwen3_next,
+# Attention classes whose query projection also gives an output gate, after the query of each head (qwen3_next,
 # `forward`; the others inherit it).
 _GATED_QUERY = ("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention")
 
 _CANCELS = "so the key bias adds the same amount to every score of a row and cancels"
 NO_POSITIONS = f"its softmax attention has no rotary positions, {_CANCELS}"
-LATENT_KEY = f"its latent attention gives positions to another part of the keys alone, {_CANCELS}"
+LATENT_KEY = f"its latent attention gives positions only to another part of the keys, {_CANCELS}"
 
 
 class UnsupportedLayoutError(ValueError):
@@ -108,10 +108,10 @@ class BiasSites(list[BiasSite]):
 def find_bias_sites(model: nn.Module) -> BiasSites:
     """Finds the query, key and value bias of every attention layer, from the modules' structure.
 
-    An attention layer is a module with three linear children whose names differ in the term alone (`q_proj`, `k_proj`,
+    An attention layer is a module with three linear children whose names differ only in the term (`q_proj`, `k_proj`,
     `v_proj`; `query`, `key`, `value`; ...), one with a fused child whose order of rows is known, or multi-head latent
     attention, whose value is the value part of `kv_b_proj`. Sizes come from the layers, so grouped-query attention
-    needs no rule. Of a model of several modalities, the text part alone is searched.
+    needs no rule. Of a model of several modalities, only the text part is searched.
 
     Args:
         model: a Transformers model, bare or wrapped by PEFT, on any device, the meta device included.
@@ -120,7 +120,7 @@ def find_bias_sites(model: nn.Module) -> BiasSites:
         The sites in the order of the layers, query, key and value of each.
 
     Raises:
-        UnsupportedLayoutError: for fused projections of an unknown order, for encoder-decoder models, or where no
+        UnsupportedLayoutError: for fused projections of an unknown order, for encoder-decoder models, or if no
             projections are found.
 
     The key bias is dead in softmax attention without rotary positions, query-key norm, sinks or disentangled positions
@@ -133,7 +133,7 @@ def find_bias_sites(model: nn.Module) -> BiasSites:
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedLayoutError(
             f"{name} has cross-attention, whose keys and values come from another sequence than its queries. BEFT is "
-            "done here for decoders and encoders alone: use a causal language model."
+            "done here only for decoders and encoders: use a causal language model."
         )
     prefix, text_model = _text_part(base_model)
     sites = BiasSites()
@@ -177,7 +177,7 @@ def sites_of_term(sites: Sequence[BiasSite], bias_term: str) -> list[BiasSite]:
     """The sites to train for `bias_term`: those of one term, or every live one for `"auto"` and `"all"`.
 
     Raises:
-        ValueError: where the term is dead in every layer, so that training it would change nothing.
+        ValueError: if the term is dead in every layer, so that training it would change nothing.
     """
     chosen = [site for site in sites if bias_term in ("auto", "all", site.term)]
     live = [site for site in chosen if site.dead is None]
@@ -247,7 +247,7 @@ def _text_part(base_model: Any) -> tuple[str, nn.Module]:
 
 
 def _projections(attention: nn.Module) -> list[tuple[str, Tensor]] | None:
-    """Child and rows of query, key and value, or `None` where the module is no attention layer that is known."""
+    """Child and rows of query, key and value, or `None` if the module is no attention layer that is known."""
     return _latent(attention) or _separate(attention) or _fused(attention)
 
 
@@ -335,7 +335,7 @@ def _dead_key(attention: Any, text_model: nn.Module) -> str | None:
         return LATENT_KEY
     config = getattr(text_model, "config", None)
     rotary = any("rotary" in type(module).__name__.lower() for module in text_model.modules())
-    # Falcon builds its rotary embedding even where it uses ALiBi.
+    # Falcon builds its rotary embedding even if it uses ALiBi.
     rotary = (rotary and not getattr(config, "alibi", False)) or any("rotary" in name for name in vars(attention))
     # `use_rope` is false in the layers without positions of SmolLM3 and Llama 4.
     if rotary and getattr(attention, "use_rope", True):
@@ -347,7 +347,7 @@ def _dead_key(attention: Any, text_model: nn.Module) -> str | None:
 
 
 def _slice(site: BiasSite) -> str:
-    """The rows as text: `0:64`, or `0:8 of every 24` where they come in equal runs."""
+    """The rows as text: `0:64`, or `0:8 of every 24` if they come in equal runs."""
     breaks = (site.rows.diff() != 1).nonzero().flatten() + 1
     runs = site.rows.tensor_split(breaks)
     first = f"{runs[0][0]}:{runs[0][-1] + 1}"

@@ -61,7 +61,7 @@ from .saving import (
     whole_or_nothing,
     write_description,
 )
-from .scoring import ScoringResult, measure_outputs, run_steps, score_biases, score_steps, score_terms
+from .scoring import ScoringResult, measure_sizes, run_steps, score_biases, score_steps, score_terms
 from .spans import end_backward_below, ranges, sites_in
 from .tuner import (
     ADAPTER_NAME,
@@ -229,6 +229,7 @@ class BeftTrainerMixin:
             anchor=result.anchor if result else None,
             steps=result.steps if result else 0,
             base_model=self.model.get_base_model().name_or_path,
+            layers=sorted({site.layer for site in self.bias_sites}),
             quantization=quantization_of(self.model.config),
             terms=result.terms if result else score_terms(self.bias_sites, {}, {}, {}),
             notes=[*(notes if left_out else ()), *(result.notes if result else ())],
@@ -318,10 +319,10 @@ class BeftTrainerMixin:
             sites = self._sites_of(scores)
             if result is None:
                 steps = score_steps(self.args.score_steps, run_steps(self))
-                outputs = measure_outputs(self, self._deltas, steps, super().train)
+                found = measure_sizes(self, self._deltas, steps, super().train)
             else:
-                outputs = result.mean_outputs
-            rates = relative_learning_rates(share, outputs, sites)
+                found = result.sizes
+            rates = relative_learning_rates(share, found, sites)
         self._select(scores, rates)
 
     def _sites_of(self, scores: BiasScores) -> list[BiasSite]:

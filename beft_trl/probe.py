@@ -1,4 +1,4 @@
-"""What the scoring pass measures in the trainer's own loop: mean outputs of the projections, and gradients."""
+"""What the scoring pass measures in the trainer's own loop: outputs of the projections, and gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,16 +22,19 @@ class ScoringProbe(TrainerCallback):
             averaged over the processes as the engines average it. Taken by hooks on the deltas, since DeepSpeed has
             stepped and cleared its gradients when the trainer's callbacks run.
         mean_outputs: fp32, shape (len(site.rows),), the mean of the projection's output over all real tokens.
+        sizes: root mean square of the projection's output over the same tokens and the rows of the site.
     """
 
     def __init__(self, model: PeftModel, sites: Sequence[BiasSite], accelerator: Accelerator):
         self.model, self.sites, self.accelerator = model, list(sites), accelerator
         self.gradients: dict[BiasSite, Tensor] = {}
         self.mean_outputs: dict[BiasSite, Tensor] = {}
+        self.sizes: dict[BiasSite, float] = {}
         self._steps: dict[BiasSite, list[Tensor]] = {site: [] for site in sites}
         self._open_step: dict[BiasSite, Tensor] = {}
-        # By module: the terms of a fused projection share it.
-        self._output_sum: dict[str, Tensor] = {}
+        # By module, since the terms of a fused projection share it: the sum of its outputs and that of their squares,
+        # shape (2, features), and the number of tokens.
+        self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
         self._mask: Tensor | None = None
         self._learning = False
@@ -69,27 +72,28 @@ class ScoringProbe(TrainerCallback):
             self._steps[site].append(gradient)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not self._output_sum:
+        if not self._sums:
             raise RuntimeError(
                 "The scoring pass got no batch: the training data are fewer than one batch. Lower the batch size "
                 "or the packed length, or give more rows."
             )
-        if len(self._output_sum) < len({site.module for site in self.sites}):
-            silent = next(site.module for site in self.sites if site.module not in self._output_sum)
+        if len(self._sums) < len({site.module for site in self.sites}):
+            silent = next(site.module for site in self.sites if site.module not in self._sums)
             raise RuntimeError(
                 f"{silent} takes no part in the forward pass, so a bias there cannot be scored or trained. Give an "
                 "explicit bias_term that has no such layer, or use another model."
             )
-        # One vector for all projections: the sums, and behind each its number of tokens.
+        # One vector for all projections: the sums, and after each its number of tokens.
         parts = [
-            torch.cat([total, total.new_tensor([self._tokens[path]])]) for path, total in self._output_sum.items()
+            torch.cat([sums.flatten(), sums.new_tensor([self._tokens[path]])]) for path, sums in self._sums.items()
         ]
         reduced = self.accelerator.reduce(torch.cat(parts), reduction="sum").cpu()
         means = {
-            path: part[:-1] / part[-1]
-            for path, part in zip(self._output_sum, reduced.split([len(part) for part in parts]), strict=True)
+            path: (part[:-1] / part[-1]).view(2, -1)
+            for path, part in zip(self._sums, reduced.split([len(part) for part in parts]), strict=True)
         }
-        self.mean_outputs = {site: means[site.module][site.rows] for site in self.sites}
+        self.mean_outputs = {site: means[site.module][0, site.rows] for site in self.sites}
+        self.sizes = {site: means[site.module][1, site.rows].mean().sqrt().item() for site in self.sites}
         self.gradients = {site: torch.stack(steps) for site, steps in self._steps.items()}
 
     def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -118,7 +122,8 @@ class ScoringProbe(TrainerCallback):
                     "biases, or with an explicit bias_term."
                 )
             tokens = tokens[self._mask.reshape(-1).bool()]
-        self._output_sum[path] = self._output_sum.get(path, 0) + tokens.sum(0, dtype=torch.float32)
+        tokens = tokens.float()
+        self._sums[path] = self._sums.get(path, 0) + torch.stack([tokens.sum(0), tokens.square().sum(0)])
         self._tokens[path] = self._tokens.get(path, 0) + len(tokens)
 
 

@@ -1,28 +1,29 @@
 """The learning rate of each layer's bias, as a share of what its projection gives."""
 
+import math
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from .layout import BiasSite
 
 
 def relative_learning_rates(
-    share: float, mean_outputs: Mapping[BiasSite, Tensor], sites: Sequence[BiasSite]
+    share: float, sizes: Mapping[BiasSite, float], sites: Sequence[BiasSite]
 ) -> dict[str, float]:
-    """The learning rate of each module: `share` times the root mean square of its mean output.
+    """The learning rate of each module: `share` times the root mean square of its outputs.
 
     Args:
         share (`float`): `relative_learning_rate`.
-        mean_outputs (`dict[BiasSite, Tensor]`): mean outputs of the projections, shape `(len(site.rows),)`.
+        sizes (`dict[BiasSite, float]`): root mean squares of the outputs, over tokens and the rows of each site.
         sites (`Sequence[BiasSite]`): what is trained. The terms of a fused projection share its rate.
     """
-    outputs: dict[str, list[Tensor]] = {}
+    squares: dict[str, list[tuple[float, int]]] = {}
     for site in sites:
-        outputs.setdefault(site.module, []).append(mean_outputs[site])
-    return {path: share * torch.cat(parts).double().square().mean().sqrt().item() for path, parts in outputs.items()}
+        squares.setdefault(site.module, []).append((sizes[site] ** 2 * len(site.rows), len(site.rows)))
+    sums = {path: [sum(column) for column in zip(*parts, strict=True)] for path, parts in squares.items()}
+    return {path: share * math.sqrt(square / count) for path, (square, count) in sums.items()}
 
 
 def give_learning_rates(optimizer: Optimizer, rates: Mapping[nn.Parameter, float]) -> None:

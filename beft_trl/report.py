@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .importance import SCORE_OF_METHOD, BiasScores
+from .spans import ranges
 
 
 ANCHORS = {
@@ -81,15 +82,18 @@ def choice(
 ) -> str:
     """One paragraph: what is trained, why, how fast, and how much of the model it is."""
     sentences = []
+    what = f"the {scores.selected} bias" + (f" of layers {ranges(scores.layers)}" if scores.layers else "")
     if scores.method is None:
-        sentences.append(f"Selected: the {scores.selected} bias, as asked, without scoring.")
+        sentences.append(f"Selected: {what}, as asked, without scoring.")
     else:
         by = f"by {scores.ranked_by} after {scores.steps} steps, anchored at {ANCHORS[scores.anchor or 'bias']}"
         margin = f", {scores.margin:.3g} times the second" if scores.margin is not None else ""
-        sentences.append(f"Selected: the {scores.selected} bias, first {by}{margin}.")
+        sentences.append(f"Selected: {what}, first {by}{margin}.")
     if learning_rates:
         lowest, highest = min(learning_rates.values()), max(learning_rates.values())
-        sentences.append(f"Learning rates from {lowest:.1e} to {highest:.1e}, by the mean output of each projection.")
+        sentences.append(
+            f"Learning rates from {lowest:.1e} to {highest:.1e}, by the size of what each projection gives."
+        )
     if total is not None:
         sentences.append(f"{trainable:,} trainable of {total:,} parameters ({trainable / total:.4%}).")
     sentences += [f"The {name} bias is dead: {term.dead}." for name, term in scores.terms.items() if term.dead]
@@ -174,13 +178,13 @@ def model_card(
         tags=sorted({"beft", *(tags or [])}),
     )
     holds = " and ".join(["the change of the bias", *(f"the trained `{name}`" for name in saved_whole)])
-    # The labels of a task stand in the configuration beside the adapter, and not in the base model's own.
+    # The labels of a task are in the configuration next to the adapter, not in that of the base model.
     config = ', config=AutoConfig.from_pretrained("PATH_OF_THIS_FOLDER")' if saved_whole else ""
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {model_name or 'BEFT adapter'}",
-        f"The {scores.selected} bias of every attention layer of `{base}`, fine-tuned with BEFT. The base model is "
-        f"frozen: this folder holds nothing but {holds}, in fp32.",
+        f"The {scores.selected} bias of the attention layers {ranges(scores.layers)} of `{base}`, fine-tuned with "
+        f"BEFT. The base model is frozen: this folder holds nothing but {holds}, in fp32.",
         choice(scores, trainable, total, learning_rates),
     ]
     if scores.method is not None:

@@ -22,8 +22,8 @@ from .tuner import Deltas
 logger = get_logger(__name__)
 
 # The key's gradient relative to the value's, as root mean squares over a layer: below, it is dead; above, alive.
-# Measured on tiny models and SmolLM2: in fp32 at most 1e-7 where the key is dead and at least 7e-4 where it is alive;
-# in 16 bits, where rounding has a gradient of its own, up to 1.5e-3 where it is dead, so that in between the
+# Measured on tiny models and SmolLM2: in fp32 at most 1e-7 if the key is dead and at least 7e-4 if it is alive;
+# in 16 bits, in which rounding has a gradient of its own, up to 1.5e-3 if it is dead, so that in between the
 # structure's word stands.
 DEAD_BELOW = 1e-5
 ALIVE_ABOVE = {"fp32": 1e-5, "16 bits": 2e-2}
@@ -37,15 +37,14 @@ class ScoringResult:
         terms (`dict[str, TermScores]`): the scores of query, key and value.
         anchor (`str`): `"bias"` or `"activation"`, what the biases before training were taken to be.
         steps (`int`): optimizer steps of the pass.
-        mean_outputs (`dict[BiasSite, Tensor]`): mean outputs of the projections over the real tokens, fp32, shape
-            `(len(site.rows),)`.
+        sizes (`dict[BiasSite, float]`): root mean squares of the projections' outputs over the real tokens.
         notes (`list[str]`): sentences on dead keys.
     """
 
     terms: dict[str, TermScores]
     anchor: str
     steps: int
-    mean_outputs: dict[BiasSite, Tensor]
+    sizes: dict[BiasSite, float]
     notes: list[str]
 
 
@@ -70,7 +69,7 @@ def score_biases(trainer: Any, deltas: Deltas, sites: BiasSites, steps: int, run
         if own is None and args.score_anchor == "bias":
             raise ValueError(
                 "score_anchor='bias' says nothing of this model: it has projections without a bias, or with one of "
-                "zeros, where the importance of every change is 1. Use 'activation' or 'auto'."
+                "zeros, from which the importance of every change is 1. Use 'activation' or 'auto'."
             )
         terms = [term for term in TERMS if any(site.term == term for site in deltas.sites)]
         quiet = args.disable_tqdm or not trainer.is_local_process_zero()
@@ -101,14 +100,14 @@ def score_biases(trainer: Any, deltas: Deltas, sites: BiasSites, steps: int, run
     anchors: Mapping[BiasSite, Tensor] = own if anchor == "bias" and own is not None else probe.mean_outputs
     before = {site: anchors[site] for site in live}
     scored = score_terms(judged, before, moved, probe.gradients)
-    return ScoringResult(scored, anchor, steps, probe.mean_outputs, notes)
+    return ScoringResult(scored, anchor, steps, probe.sizes, notes)
 
 
-def measure_outputs(trainer: Any, deltas: Deltas, steps: int, run: Callable[[], Any]) -> dict[BiasSite, Tensor]:
-    """The mean outputs of [`ScoringResult`], with the deltas as they are, for a run that scores nothing."""
+def measure_sizes(trainer: Any, deltas: Deltas, steps: int, run: Callable[[], Any]) -> dict[BiasSite, float]:
+    """The sizes of [`ScoringResult`], with the deltas as they are, for a run that scores nothing."""
     with ScoringProbe(deltas.model, deltas.sites, trainer.accelerator) as probe:
         _train_aside(trainer, deltas, steps, 0.0, run, probe)
-    return probe.mean_outputs
+    return probe.sizes
 
 
 def run_steps(trainer: Any) -> int:

@@ -101,7 +101,7 @@ def task_ending(model: Any) -> str:
 
 
 def _task_head(model: Any) -> list[str]:
-    """The children of a task model beside its base model: what its pretraining never saw."""
+    """The children of a task model other than its base model: what its pretraining never saw."""
     children = {name: next(child.parameters(), None) for name, child in model.named_children()}
     return [name for name, first in children.items() if name != model.base_model_prefix and first is not None]
 

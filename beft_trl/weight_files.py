@@ -48,7 +48,7 @@ class AdapterContent:
     Attributes:
         deltas: fp32, shape (n,), by the path of their module.
         saved_whole: tensors of modules that were trained whole, such as a task's head, by name.
-        base_model: name or path of the base model, where the adapter says it.
+        base_model: name or path of the base model, if the adapter says it.
     """
 
     deltas: dict[str, Tensor]

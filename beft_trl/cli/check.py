@@ -34,7 +34,7 @@ from .run import Data, load_data
 
 
 STREAMED_ROWS = 256
-# No more than a scoring step and a training step, and nothing left behind.
+# No more than a scoring step and a training step, and nothing is left of them.
 DRY_RUN: dict[str, Any] = {
     "max_steps": 1,
     "score_steps": 1,
@@ -49,7 +49,7 @@ class Check:
     """What a recipe would do, as far as it could be found out.
 
     Attributes:
-        problems: why the run cannot start, each with its remedy. Empty where it can.
+        problems: why the run cannot start, each with its remedy. Empty if it can.
         notes: what could not be found out.
         model: name of the base model.
         engine: name of the engine in `engines.ENGINES`.
@@ -57,13 +57,16 @@ class Check:
         processes: number of processes.
         sites: the model's bias sites.
         bias_term: what the recipe asks to train.
-        candidates: number of biases that a scoring pass trains, or of those trained where the term is given.
+        candidates: number of biases that a scoring pass trains, or of those trained if the term is given.
         parameters: number of parameters of the model.
         labels: what the run learns from.
         steps: optimizer steps of the run.
+        length_given: whether the recipe gives `num_train_epochs` or `max_steps`.
+        learning_rate: one for all layers, or the share if `relative_learning_rate` is not `None`.
+        relative_learning_rate: what each layer learns at, relative to the RMS of its projection's outputs.
         score_steps: optimizer steps of the scoring pass, which runs over as many batches twice; 0 without one.
         memory: of one device.
-        device_memory: bytes that a device has for each process, or `None` where that is not known.
+        device_memory: bytes that a device has for each process, or `None` if that is not known.
         dry_run: whether a scoring step and a training step were done with the weights.
     """
 
@@ -79,6 +82,9 @@ class Check:
     parameters: int | None = None
     labels: LabelAudit | None = None
     steps: int | None = None
+    length_given: bool = True
+    learning_rate: float | None = None
+    relative_learning_rate: float | None = None
     score_steps: int | None = None
     memory: MemoryEstimate | None = None
     device_memory: int | None = None
@@ -128,6 +134,8 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         return check
     args = recipe.training
     check.model, check.bias_term = recipe.base_model, args.bias_term
+    check.length_given = args.num_train_epochs is not None
+    check.learning_rate, check.relative_learning_rate = args.learning_rate, args.relative_learning_rate
     quantization, model, data = None, None, None
     with check.noting():
         check.engine, check.processes = launched_engine(launch) if launch is not None else (engine_of(args), 1)
@@ -203,9 +211,6 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
     with check.noting():
         check.steps = run_steps(trainer)
         check.score_steps = score_steps(args.score_steps, check.steps) if args.bias_term == "auto" else 0
-        if args.bias_term != "auto" and args.relative_learning_rate is not None:
-            steps = score_steps(args.score_steps, check.steps)
-            check.notes.append(f"Before the run {steps} steps measure what relative_learning_rate is relative to.")
     with check.noting():
         # As a checkpoint has them.
         planned.per_device_train_batch_size = args.per_device_train_batch_size
@@ -263,8 +268,8 @@ def _device_memory(device: torch.device, processes: int) -> int | None:
 def _dry_run(path: str, overrides: Sequence[str], launch: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {**DRY_RUN, "report_to": "none", "push_to_hub": False, "output_dir": folder}
-        behind = [f"--{name}={value}" for name, value in settings.items()]
-        command = launch_command(launch, ["train", path, *overrides, *behind])
+        more = [f"--{name}={value}" for name, value in settings.items()]
+        command = launch_command(launch, ["train", path, *overrides, *more])
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(

@@ -1,15 +1,16 @@
 """What `beft check` prints: the bias sites, the cell, the labels, the steps, the memory and the problems."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from ..config import ENOUGH_STEPS
 from ..data.labels import LabelAudit
 from ..engines import ENGINES, PRECISIONS, condition
 from ..layout import BiasSite
+from ..spans import ranges
 from .check import Check
 from .memory import MemoryEstimate
 
@@ -35,7 +36,15 @@ def check_report(check: Check) -> Iterator[Any]:
         if check.score_steps:
             share = 2 * check.score_steps / (check.steps + 2 * check.score_steps)
             scoring = f", and before them 2 x {check.score_steps} of scoring, {share:.1%} of all"
-        yield f"{check.steps:,} optimizer steps{scoring}."
+        given = "" if check.length_given else f", which is enough for a bias ({ENOUGH_STEPS}, or one for each row)"
+        yield f"{check.steps:,} optimizer steps{given}{scoring}."
+        if check.relative_learning_rate is None:
+            yield f"Learning rate: {check.learning_rate:g}, in all layers."
+        else:
+            yield (
+                f"Learning rate: in each layer {check.relative_learning_rate:g} of the RMS of what its projection "
+                "gives, which is measured before the run."
+            )
     if check.memory:
         yield memory_table(check.memory, check.device_memory)
     if check.dry_run:
@@ -47,13 +56,13 @@ def check_report(check: Check) -> Iterator[Any]:
 
 
 def sites_table(sites: Sequence[BiasSite], title: str) -> Table:
-    """The sites by term: one row for those that differ in the layer alone."""
+    """The sites by term: one row for those that differ only in the layer."""
     table = Table("term", "layers", "size", "parameters", "bias", "", title=title)
     by_kind: dict[tuple, list[BiasSite]] = {}
     for site in sites:
         by_kind.setdefault((site.term, len(site.rows), site.has_bias, site.dead), []).append(site)
     for (term, size, has_bias, dead), group in by_kind.items():
-        layers = _ranges(sorted({site.layer for site in group}))
+        layers = ranges(site.layer for site in group)
         bias = "its own" if has_bias else "added"
         table.add_row(
             term, layers, f"{size:,}", f"{size * len(group):,}", bias, f"dead: {dead}" if dead else "",
@@ -94,10 +103,3 @@ def _labels_report(labels: LabelAudit) -> Iterator[str]:
     for number, row in enumerate(labels.shown, 1):
         text = "".join(f"[bold green]«{escape(part)}»[/]" if counted else escape(part) for part, counted in row)
         yield f"Row {number}, what is learnt in «»: {text}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    runs = [
-        [number for _, number in group] for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    ]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -19,7 +19,7 @@ from ..compat.tracing import (
 from ..engines import SPLIT_AT_LOADING
 
 
-# What a process holds beside tensors: interpreter and libraries, and on a GPU the context and the workspaces of its
+# What a process holds next to tensors: interpreter and libraries, and on a GPU the context and the workspaces of its
 # libraries. Measured as the resident memory of an idle trainer, and read off `nvidia-smi`, in round figures.
 RUNTIME = {"cpu": 800 * 2**20, "cuda": 700 * 2**20}
 # The most parameters that DeepSpeed's ZeRO-3 keeps gathered, `stage3_max_live_parameters`.
@@ -62,7 +62,7 @@ def estimate_memory(
     processes: int,
     quantization: Any = None,
 ) -> MemoryEstimate:
-    """Estimates the memory of one device by a step of the trainer's own loss, on tensors that have shapes alone.
+    """Estimates the memory of one device by a step of the trainer's own loss, on tensors that have only shapes.
 
     Args:
         trainer: with its model on the meta device, in the dtype of its weights, and a delta at each site. The model is
@@ -108,7 +108,7 @@ def _loss(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     losses = []
     hook = trainer.model.register_forward_hook(lambda module, args, output: losses.append(output.loss))
     try:
-        # What trainers do with the loss's value, for their logs, needs data: it ends here, behind the loss.
+        # What trainers do with the loss's value, for their logs, needs data: it ends here, after the loss.
         with suppress(DataDependentOutputException):
             trainer.compute_loss(trainer.model, dict(batch))
     finally:

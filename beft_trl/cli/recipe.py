@@ -153,7 +153,7 @@ class Recipe(NamedTuple):
 
 
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
-    """Reads `--config RECIPE.yaml` and the overrides behind it with TRL's own parser.
+    """Reads `--config RECIPE.yaml` and the overrides after it with TRL's own parser.
 
     Raises:
         OSError, ValueError: for a file that is missing or not YAML, values of a wrong type, and keys that no field
@@ -181,7 +181,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         raise ValueError("model_name_or_path is missing: name a model of the hub or a folder.")
     if model_args.use_peft:
         raise ValueError(
-            "use_peft=True asks for a LoRA adapter beside the BEFT one: the two exclude each other. Leave it out "
+            "use_peft=True asks for a LoRA adapter next to the BEFT one: the two exclude each other. Leave it out "
             "and set bias_term, or use TRL's own sft.py for LoRA."
         )
     given = parser.in_recipe | {text.lstrip("-").split("=")[0].replace("-", "_") for text in argv if text[:2] == "--"}
@@ -220,7 +220,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
 def load_rows(
     script_args: BeftScriptArguments, dataset_args: DatasetMixtureConfig, chat: bool
 ) -> DatasetDict | IterableDatasetDict:
-    """Loads the training and, where there are any, the held-out rows.
+    """Loads the training and, if there are any, the held-out rows.
 
     Args:
         script_args: names the files or the dataset.

@@ -165,13 +165,13 @@ def next_commands(folder: Path, base: str) -> str:
         "Next:\n"
         f"  beft info {folder}\n"
         f"  beft merge --adapter {folder} --output {merged}\n"
-        f"  transformers serve    and, beside it, transformers chat {merged}\n"
+        f"  transformers serve    and, in another terminal, transformers chat {merged}\n"
         f'  python: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")'
     )
 
 
 class Measured(dict[str, float]):
-    """Held-out figures by name, and the answers behind them."""
+    """Held-out figures by name, and the answers that they come from."""
 
     answers: list[str]
 

@@ -109,7 +109,7 @@ def drop_masked(
         ValueError: if there are none.
     """
     rows = prepared if packing else given
-    # TRL itself drops such rows only where it truncates.
+    # TRL itself drops such rows only if it truncates.
     with PartialState().main_process_first():
         prepared = prepared.filter(_learnt, num_proc=num_proc)
     dropped = len(rows) - len(prepared)

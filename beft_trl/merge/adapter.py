@@ -175,7 +175,7 @@ def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partia
     if unknown:
         raise MergeError(
             f"{adapter} holds {min(unknown)}, which {type(merged).__name__} does not have. Put the configuration of "
-            f"the task model, which names its class, beside the adapter: model.config.save_pretrained('{adapter}')."
+            f"the task model, which names its class, next to the adapter: model.config.save_pretrained('{adapter}')."
         )
     for name, values in content.saved_whole.items():
         if values.shape != state[name].shape:

@@ -36,9 +36,9 @@ class MergeReport:
         changed, added: names of the tensors that are new in value, or new.
         base_hashes: xxh3-128 of the base's weight files that were copied.
         difference: largest difference of a logit between the merged model and base plus adapter, relative to the
-            largest logit; `None` where nothing was verified.
+            largest logit; `None` if nothing was verified.
         quantized_difference: the same between the merged model and the quantised base that the adapter was trained
-            on; `None` where it was not quantised.
+            on; `None` if it was not quantised.
     """
 
     output: str

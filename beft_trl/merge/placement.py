@@ -47,7 +47,7 @@ def place(
         to_output: put a value bias into the output projection whether or not it has another place.
 
     Raises:
-        MergeError: where there is none.
+        MergeError: if there is none.
     """
     biases = _biases(skeleton)
     if not to_output and deltas.keys() <= biases:
@@ -70,7 +70,7 @@ def place(
     if to_output:
         raise MergeError(
             f"The bias of this adapter cannot become an output-projection bias in {name}: that takes a value bias and "
-            "an output projection with a bias, behind plain softmax attention. Merge without output_projection."
+            "an output projection with a bias, after plain softmax attention. Merge without output_projection."
         )
     raise MergeError(
         f"{name} has no bias where this adapter needs one ({next(iter(deltas))} first), no configuration switch that "
@@ -80,7 +80,7 @@ def place(
 
 
 def _filled(created: set[str], values: dict[str, Tensor], skeleton: nn.Module) -> dict[str, Tensor]:
-    """All biases that a switch creates: the values where there are any, else zeros."""
+    """All biases that a switch creates: the values if there are any, else zeros."""
     return {
         path: values[path] if path in values else torch.zeros(features(skeleton.get_submodule(path))[1])
         for path in created
@@ -113,7 +113,7 @@ def _with_biases(config: PreTrainedConfig, skeleton: nn.Module) -> Iterator[tupl
 def _fold(
     deltas: dict[str, Tensor], skeleton: nn.Module, sites: list[BiasSite], checkpoint: CheckpointFiles
 ) -> dict[str, Tensor] | None:
-    """`W_o b_v` by the path of the output projection, or `None` where it would not be exact.
+    """`W_o b_v` by the path of the output projection, or `None` if it would not be exact.
 
     Source: https://arxiv.org/abs/2302.08626, section 3; with grouped queries each value head stands for its group.
     """

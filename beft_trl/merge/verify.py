@@ -103,7 +103,7 @@ def _quantized_difference(
 
 def with_adapter(model: Any, adapter: Path, content: AdapterContent) -> Any:
     """The model with the adapter as PEFT applies it."""
-    from ..tuner import load_adapter  # and with it PEFT, which a merge alone does without
+    from ..tuner import load_adapter  # and with it PEFT, which a merge without it does not need
 
     try:
         adapted = load_adapter(model, str(adapter))

@@ -1,4 +1,4 @@
-"""The benchmarks' models, and their low-data tasks as prompt-completion rows drawn by seed: SST-2, Alpaca, routing."""
+"""The benchmarks' models, and their low-data tasks as prompt-completion rows drawn by seed."""
 
 import argparse
 import csv
@@ -39,6 +39,7 @@ MODELS = {
 
 # Rows that the pretraining of the small OPT leaves alone: tasks draw from these.
 SST2_ROWS, ALPACA_ROWS = 6_000, 600
+TREC = ("description", "entity", "person", "number", "place", "abbreviation")
 MESSAGES = Path(__file__).parents[1] / "data"
 
 
@@ -84,7 +85,8 @@ def score_labelled_tokens_alone() -> None:
 def load_task(name: str, data_dir: Path | None, seed: int) -> Task:
     """A task by name, such as `"sst2-100"`, `"alpaca-300"` or `"routing-126"`: kind and number of training rows."""
     kind, count = name.split("-")
-    return {"sst2": _sst2, "alpaca": _alpaca, "routing": _routing}[kind](name, int(count), data_dir, seed)
+    kinds = {"sst2": _sst2, "trec": _trec, "alpaca": _alpaca, "routing": _routing, "letters": _letters}
+    return kinds[kind](name, int(count), data_dir, seed)
 
 
 def pretraining_sst2(data_dir: Path) -> list[tuple[str, str]]:
@@ -144,6 +146,35 @@ def _routing(name: str, count: int, data_dir: Path, seed: int) -> Task:
         ]
 
     test, train = rows("support_test.jsonl"), rows("support_train.jsonl")
+    random.Random(seed).shuffle(train)
+    choices = tuple(sorted({row["completion"] for row in train}))
+    parts = train[: count - 26], train[count - 26 : count], test
+    return Task(name, *map(Dataset.from_list, parts), choices=choices)
+
+
+def _trec(name: str, count: int, data_dir: Path, seed: int) -> Task:
+    def rows(file: str) -> list[dict]:
+        with (data_dir / file).open(encoding="utf-8") as lines:
+            return [
+                {"prompt": f"Question: {text.strip()}\nThe answer is a:", "completion": f" {TREC[int(label)]}"}
+                for label, text in csv.reader(lines)
+            ]
+
+    drawn = random.Random(seed).sample(rows("trec_train.csv"), count + 100)
+    parts = drawn[:count], drawn[count:], random.Random(0).sample(rows("trec_test.csv"), 200)
+    return Task(name, *map(Dataset.from_list, parts), choices=tuple(f" {answer}" for answer in TREC))
+
+
+def _letters(name: str, count: int, data_dir: Path, seed: int) -> Task:
+    """German and French letters to the offices of a town, written for this project."""
+
+    def rows(file: str) -> list[dict]:
+        lines = (Path(__file__).parent / "data" / file).read_text(encoding="utf-8").splitlines()
+        return [
+            {"prompt": f"{row['text']}\nAmt:", "completion": f" {row['office']}"} for row in map(json.loads, lines)
+        ]
+
+    test, train = rows("letters_test.jsonl"), rows("letters_train.jsonl")
     random.Random(seed).shuffle(train)
     choices = tuple(sorted({row["completion"] for row in train}))
     parts = train[: count - 26], train[count - 26 : count], test
