@@ -122,8 +122,8 @@ class BeftConfigMixin:
     relative_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the biases in each layer, as a share of the RMS of what its projection gives, in "
-            f"place of `learning_rate`. Default: {RELATIVE_LEARNING_RATE}, if `learning_rate` is not given either."
+            "help": "Learning rate of the biases in each layer, as a share of the RMS of what its projection gives, "
+            f"in place of `learning_rate`. Default: {RELATIVE_LEARNING_RATE}, if `learning_rate` is not given either."
         },
     )
     allow_changed_resume: bool = field(
