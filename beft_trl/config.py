@@ -23,7 +23,7 @@ CHOICES = {
 }
 
 
-RELATIVE_LEARNING_RATE = 0.1
+RELATIVE_LEARNING_RATE = 0.05
 ENOUGH_STEPS = 300
 # Optimizer steps of the scoring pass. One costs two of training. Adam's first moves every bias equally far, so that it
 # tells little.
@@ -225,7 +225,7 @@ class BeftSFTConfig(BeftConfigMixin, SFTConfig):
 
     Args:
         learning_rate: one for all layers, as in TRL. Without it each layer learns at `relative_learning_rate`, by
-            default 0.1, of what its projection gives, since a bias of a size that is right in one layer is nothing in
+            default 0.05, of what its projection gives, since a bias of a size that is right in one layer is nothing in
             another. Giving both is an error.
         num_train_epochs: as many as [`enough_steps`] take, if neither it nor `max_steps` is given.
         per_device_train_batch_size: 2. Many small steps teach a bias more than few large ones.

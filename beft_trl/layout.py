@@ -152,7 +152,7 @@ def find_bias_sites(model: nn.Module) -> BiasSites:
                     module=f"{path}.{child}" if path else child,
                     rows=rows,
                     has_bias=_linear(getattr(attention, child)).bias is not None,
-                    dead=_dead_key(attention, text_model) if term == "key" else None,
+                    dead=dead_key_reason(attention, text_model) if term == "key" else None,
                 )
             )
     if not sites and unknown:
@@ -329,7 +329,7 @@ def _layer_index(path: str, default: int) -> int:
     return int(index[1]) if index else default
 
 
-def _dead_key(attention: Any, text_model: nn.Module) -> str | None:
+def dead_key_reason(attention: Any, text_model: nn.Module) -> str | None:
     """Why the key bias of this layer has no effect, as far as the structure tells, or `None`."""
     if hasattr(attention, "qk_nope_head_dim"):
         return LATENT_KEY

@@ -326,7 +326,7 @@ class CheckpointFiles:
                     _link(source.resolve(), target)
                     continue
                 hashes[shard] = pool.submit(xxh3, source)
-                copies.append(pool.submit(_copy_and_patch, source, target, changed.get(shard, {})))
+                copies.append(pool.submit(copy_and_patch, source, target, changed.get(shard, {})))
             for copy_done in copies:
                 copy_done.result()
         if added:
@@ -396,7 +396,7 @@ def xxh3(file: Path, size: int = 1 << 22) -> str:
     return digest.hexdigest()
 
 
-def _copy_and_patch(source: Path, target: Path, tensors: dict[str, Tensor]) -> None:
+def copy_and_patch(source: Path, target: Path, tensors: dict[str, Tensor]) -> None:
     shutil.copyfile(source, target)  # in the kernel, so that the bytes do not pass through this process
     _patch(target, tensors)
 

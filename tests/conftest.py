@@ -89,6 +89,30 @@ def make_rows(count: int = 32, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def tensors(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def full_batch(tokenizer, rows):
+    """The rows as one padded batch, made without TRL."""
+    sequences, labels = [], []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        sequences.append(torch.tensor(prompt + completion))
+        labels.append(torch.tensor([-100] * len(prompt) + completion))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(sequences, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "labels": pad(labels, batch_first=True, padding_value=-100),
+        "attention_mask": pad([torch.ones_like(ids) for ids in sequences], batch_first=True),
+    }
+
+
 @pytest.fixture
 def make_config(tmp_path):
     """A function that makes the settings of a short fp32 run on the CPU."""

@@ -131,7 +131,7 @@ def test_the_gradient_finds_a_dead_key_that_the_structure_cannot_see(make_config
 
 
 def test_the_gradient_finds_a_live_key_that_the_structure_takes_for_dead(make_config, monkeypatch):
-    monkeypatch.setattr("beft_trl.layout._dead_key", lambda attention, text_model: "a wrong guess")
+    monkeypatch.setattr("beft_trl.layout.dead_key_reason", lambda attention, text_model: "a wrong guess")
     scores = trained(build("llama"), make_config).bias_scores
     assert "key" in scores.ranking and scores.terms["key"].dead is None
     note = "By its gradient the key bias of layers 0, 1 is alive, though its structure says that it is dead."

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from beft_trl.cli.check import check_recipe
-from beft_trl.cli.memory import _peak_of_step, _weight_bytes
+from beft_trl.cli.memory import peak_of_step, weight_bytes
 
 
 MIB = 2**20
@@ -17,7 +17,7 @@ MIB = 2**20
 def test_the_peak_of_a_step_is_the_sum_by_hand():
     with FakeTensorMode():
         x = torch.empty(256, 1024, requires_grad=True)  # 1 MiB
-        peak = _peak_of_step(lambda: (x.exp() * 2).sum())
+        peak = peak_of_step(lambda: (x.exp() * 2).sum())
     # exp's result, which its backward wants, and the product; then in turn the gradients of the same size.
     assert 2 * MIB <= peak <= 3 * MIB + 64
 
@@ -35,7 +35,7 @@ def test_quantised_weights_are_as_large_as_bitsandbytes_makes_them(tmp_path, bit
         weight = getattr(module, "weight", None)
         stored += 4 * len(weight.SCB) if bits == 8 and hasattr(weight, "SCB") else 0
         stored += 4 * weight.quant_state.absmax.numel() if hasattr(weight, "quant_state") else 0
-    assert _weight_bytes(bare, quantization) == pytest.approx(stored, rel=0.02)
+    assert weight_bytes(bare, quantization) == pytest.approx(stored, rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

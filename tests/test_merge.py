@@ -335,7 +335,7 @@ def test_an_output_where_nothing_can_be_made_is_one_error(tmp_path):
 def test_a_merge_that_is_wrong_is_found_and_removed(tmp_path, monkeypatch):
     model = build("llama")
     saved(model, tmp_path, of_term(model))
-    rules = placement._with_biases
+    rules = placement.with_biases
 
     def wrong(config, skeleton):
         """A rule that also changes what the model computes."""
@@ -343,7 +343,7 @@ def test_a_merge_that_is_wrong_is_found_and_removed(tmp_path, monkeypatch):
             variant.rms_norm_eps = 0.5
             yield rule, variant, created
 
-    monkeypatch.setattr(placement, "_with_biases", wrong)
+    monkeypatch.setattr(placement, "with_biases", wrong)
     with pytest.raises(MergeError, match="logits differ from those of base plus adapter"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
@@ -356,7 +356,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("beft_trl.weight_files._copy_and_patch", full)
+    monkeypatch.setattr("beft_trl.weight_files.copy_and_patch", full)
     with pytest.raises(OSError, match="No space left"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
@@ -461,7 +461,7 @@ def test_a_fold_through_a_layer_that_is_not_square_is_what_the_layer_adds(layer)
     sites = [BiasSite(0, term, "attn.c_attn", rows, True, None) for term, rows in terms]
     values, delta = torch.randn(3, 6), torch.randn(6)
     checkpoint = SimpleNamespace(tensor=lambda path, name: getattr(model.get_submodule(path), name).detach())
-    folded = placement._fold({"attn.c_attn": torch.cat([torch.zeros(12), delta])}, model, sites, checkpoint)
+    folded = placement.fold({"attn.c_attn": torch.cat([torch.zeros(12), delta])}, model, sites, checkpoint)
     with torch.no_grad():
         expected = attention["c_proj"](values + delta) - attention["c_proj"](values)
     torch.testing.assert_close(folded["attn.c_proj"].expand(3, -1), expected, rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """What the repository holds twice is the same, and a checkout needs no symbolic links, which Windows does not make."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -31,3 +32,12 @@ def test_nothing_in_it_is_a_symbolic_link():
     if files.returncode:
         pytest.skip("not a git checkout")
     assert not [line for line in files.stdout.splitlines() if line.startswith("120000")]
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    told = {part.strip() for line in re.findall(r"^pip install .*", readme, re.MULTILINE) for part in line.split("&&")}
+    install, run = ((REPOSITORY / ".ci" / file).read_text(encoding="utf-8") for file in ("install", "run"))
+    commands = {line.strip() for line in install.splitlines() if line.strip().startswith("pip install")}
+    commands |= set(re.findall(r"(?:^|=\w+ )((?:accelerate launch|pytest) .*)", run, re.MULTILINE))
+    assert commands == told

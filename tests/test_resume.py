@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_opt, make_rows
+from conftest import losses, make_llama, make_opt, make_rows, tensors
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from beft_trl import BeftTrainerMixin
 from beft_trl.checkpoints import MANIFEST_FILE, mark_complete, refuse_foreign_pickles
 from beft_trl.identity import spread
 
@@ -320,3 +321,32 @@ def test_a_kill_during_the_final_save_leaves_a_folder_that_a_run_takes(make_run,
         again.save_model()
         assert same_bits(adapter(tmp_path / "killed"), expected)
         make_run("killed").train()
+
+
+def test_a_relative_learning_rate_resumes(make_trainer, tmp_path):
+    settings = {"relative_learning_rate": 0.03, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = make_trainer(**settings)
+    whole.train()
+    checkpoint = f"{whole.args.output_dir}/checkpoint-3"
+    resumed = make_trainer(**settings, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert all(torch.equal(values, tensors(whole.model)[name]) for name, values in tensors(resumed.model).items())
+    for allowed in (False, True):  # the optimizer's groups would be others
+        with pytest.raises(ValueError, match="relative_learning_rate"):
+            other = make_trainer(output_dir=str(tmp_path / "other"), allow_changed_resume=allowed)
+            other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_resume_continues_with_the_recorded_selection_and_does_not_score(make_trainer, monkeypatch):
+    whole = make_trainer(make_llama(), save_strategy="steps", save_steps=3, max_steps=6)
+    whole.train()
+    expected = tensors(whole.model)
+
+    resumed = make_trainer(make_llama(), save_strategy="steps", save_steps=3, max_steps=6)
+    monkeypatch.setattr(BeftTrainerMixin, "score", lambda self: pytest.fail("scored again"))
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    assert resumed.selected_bias_term == whole.selected_bias_term
+    assert resumed.bias_scores == whole.bias_scores
+    found = tensors(resumed.model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert losses(resumed) == losses(whole)

@@ -75,7 +75,7 @@ def estimate_memory(
     """
     model, args = trainer.model, trainer.args
     base = model.get_base_model()
-    weights = _weight_bytes(base, quantization)
+    weights = weight_bytes(base, quantization)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     split = engine in SPLIT_AT_LOADING
@@ -89,10 +89,10 @@ def estimate_memory(
         # Not what packing adds to a batch, on which attention masks depend by value; their shapes do not.
         names = [name for name in ("input_ids", "attention_mask", "labels") if name in batch]
         batch = {name: torch.empty(batch[name].shape, dtype=batch[name].dtype) for name in names}
-        whole = _peak_of_step(lambda: _loss(trainer, batch))
+        whole = peak_of_step(lambda: _loss(trainer, batch))
         inputs = {name: values for name, values in batch.items() if name != "labels"}
         decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-        hidden = _peak_of_step(lambda: decoder(**inputs, use_cache=False)[0].sum())
+        hidden = peak_of_step(lambda: decoder(**inputs, use_cache=False)[0].sum())
     return MemoryEstimate(
         runtime=RUNTIME.get(device.type, RUNTIME["cuda"]),
         weights=weights // processes if split else weights,
@@ -116,7 +116,7 @@ def _loss(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return losses[-1]
 
 
-def _weight_bytes(base: nn.Module, quantization: Any) -> int:
+def weight_bytes(base: nn.Module, quantization: Any) -> int:
     layers = _quantised_layers(base, quantization)
     quantised = {id(layer.weight) for layer in layers}
     tensors: list[Any] = [*base.parameters(), *base.buffers()]
@@ -167,7 +167,7 @@ def _give_fake_tensors(model: nn.Module) -> None:
                 tensors[name] = given[id(meta)]
 
 
-def _peak_of_step(loss: Any) -> int:
+def peak_of_step(loss: Any) -> int:
     with _Allocations() as allocations:
         loss().backward()
     return allocations.peak

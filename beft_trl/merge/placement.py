@@ -52,13 +52,13 @@ def place(
     biases = _biases(skeleton)
     if not to_output and deltas.keys() <= biases:
         return Placement("The deltas are added to the model's own biases.", config, deltas, {})
-    variants = list(_with_biases(config, skeleton))
+    variants = list(with_biases(config, skeleton))
     if not to_output:
         for rule, variant, created in variants:
             if deltas.keys() <= biases | created:
                 add = {path: delta for path, delta in deltas.items() if path in biases}
                 return Placement(rule, variant, add, _filled(created, deltas, skeleton))
-    folded = _fold(deltas, skeleton, sites, checkpoint)
+    folded = fold(deltas, skeleton, sites, checkpoint)
     if folded is not None:
         rule = "The value bias is added to the bias of the output projection, as W_o b_v."
         if folded.keys() <= biases:
@@ -91,7 +91,7 @@ def _biases(model: nn.Module) -> set[str]:
     return {name.removesuffix(".bias") for name, _ in model.named_parameters() if name.endswith(".bias")}
 
 
-def _with_biases(config: PreTrainedConfig, skeleton: nn.Module) -> Iterator[tuple[str, PreTrainedConfig, set[str]]]:
+def with_biases(config: PreTrainedConfig, skeleton: nn.Module) -> Iterator[tuple[str, PreTrainedConfig, set[str]]]:
     """Configurations that build the same model with more biases: a sentence on it, itself, and the new biases."""
     names = set(skeleton.state_dict())
     candidates = []
@@ -110,7 +110,7 @@ def _with_biases(config: PreTrainedConfig, skeleton: nn.Module) -> Iterator[tupl
             yield rule, variant, {name.removesuffix(".bias") for name in created}
 
 
-def _fold(
+def fold(
     deltas: dict[str, Tensor], skeleton: nn.Module, sites: list[BiasSite], checkpoint: CheckpointFiles
 ) -> dict[str, Tensor] | None:
     """`W_o b_v` by the path of the output projection, or `None` if it would not be exact.

@@ -170,8 +170,9 @@ def trainer_of(model: str, task: Task, seed: int, arm: Arm, rate: float, folder:
         "processing_class": AutoTokenizer.from_pretrained(model),
     }
     if arm.bias_term:
-        relative = {"relative_learning_rate": rate} if arm.relative else {}
-        return BeftSFTTrainer(model, BeftSFTConfig(bias_term=arm.bias_term, **relative, **config), **data)
+        if arm.relative:
+            config["relative_learning_rate"] = config.pop("learning_rate")
+        return BeftSFTTrainer(model, BeftSFTConfig(bias_term=arm.bias_term, **config), **data)
     return SFTTrainer(model, SFTConfig(**config), peft_config=arm.adapter and arm.adapter(), **data)
 
 

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_rows, make_tokenizer
+from conftest import full_batch, make_llama, make_rows, make_tokenizer, tensors
 
-from beft_trl import BeftSFTConfig, BeftSFTTrainer
+from beft_trl import BeftSFTConfig, BeftSFTTrainer, find_bias_sites
 from beft_trl.config import enough_steps
 
 
@@ -25,10 +26,10 @@ def make(tmp_path):
     return make
 
 
-def test_without_a_rate_each_layer_learns_at_a_tenth_of_its_mean_output(make):
+def test_without_a_rate_each_layer_learns_at_a_twentieth_of_the_size_of_its_outputs(make):
     plain = make(max_steps=2)
     plain.train()
-    given = make(max_steps=2, relative_learning_rate=0.1)
+    given = make(max_steps=2, relative_learning_rate=0.05)
     given.train()
     assert plain.learning_rates and plain.learning_rates == given.learning_rates
     assert {group["lr"] for group in plain.optimizer.param_groups} == {0.0}  # the end of the schedule
@@ -88,3 +89,44 @@ def test_a_length_that_is_given_is_taken_with_a_warning_of_too_few_steps(make, g
 def test_no_warning_of_enough(make, caplog):
     make(num_train_epochs=30)
     assert "optimizer steps" not in caplog.text
+
+
+@pytest.mark.parametrize("bias_term", ["value", "auto", "all"])
+def test_a_relative_learning_rate_is_that_share_of_the_size_of_the_outputs(make_trainer, bias_term):
+    """Adam's first step moves every element by its learning rate."""
+    rows = make_rows(8)
+    trainer = make_trainer(
+        make_llama(), rows, bias_term=bias_term, relative_learning_rate=0.03, max_steps=1, score_steps=1,
+        per_device_train_batch_size=8, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+
+    batch = full_batch(make_tokenizer(), rows)
+    real = batch["attention_mask"].bool()
+    model = make_llama()
+    moved = 0
+    for site in find_bias_sites(model):
+        outputs = []
+        keep = outputs.append
+        hook = model.get_submodule(site.module).register_forward_hook(lambda *call, keep=keep: keep(call[-1].detach()))
+        model(**batch)
+        hook.remove()
+        delta = tensors(trainer.model).get(f"base_model.model.{site.module}.beft_bias.default")
+        if delta is not None:
+            moved += 1
+            size = outputs[0][real].double().square().mean().sqrt().item()
+            assert delta.abs().max().item() == pytest.approx(0.03 * size, rel=1e-3)
+    assert moved == (6 if bias_term == "all" else 2)
+    rates = trainer.learning_rates.values()
+    logged = trainer.state.log_history[-2]
+    assert logged["learning_rate"] == pytest.approx(np.median(list(rates)))
+    assert (logged["learning_rate_min"], logged["learning_rate_max"]) == pytest.approx((min(rates), max(rates)))
+    assert all(group["params"] for group in trainer.optimizer.param_groups)
+
+
+def test_a_relative_learning_rate_leaves_the_scores_alone(make_trainer):
+    plain, relative = (make_trainer(relative_learning_rate=rate) for rate in (None, 0.03))
+    plain.train()
+    relative.train()
+    assert relative.bias_scores == plain.bias_scores
+    assert len(relative.learning_rates) == 2 and not plain.learning_rates
