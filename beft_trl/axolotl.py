@@ -23,6 +23,7 @@ except ImportError as error:
         "pip install axolotl, in an environment of its own."
     ) from error
 
+from .arguments import give_enough_steps
 from .compat.engines import is_split
 from .config import CHOICES, SETTINGS, BeftConfigMixin, check_values
 from .deltas import gather_deltas
@@ -91,6 +92,8 @@ class BeftPlugin(BasePlugin):
     """Trains through Axolotl's own trainer, collators and packing, by the mixin that TRL's trainer has, too."""
 
     def register(self, cfg: dict) -> None:
+        # As it was written: Axolotl fills in one epoch later.
+        self.length_given = cfg.get("num_epochs") is not None or cfg.get("max_steps") is not None
         _load_for_beft()
         if cfg.get("adapter") == "beft":
             _join_processes_on_a_cpu(bool(cfg.get("deepspeed")))
@@ -105,6 +108,8 @@ class BeftPlugin(BasePlugin):
         if cfg.adapter != "beft":
             return None
         settings = {field: cfg[key] for key, field in FIELD_OF.items() if cfg[key] is not None}
+        if not self.length_given:
+            settings["num_train_epochs"] = None
         # Axolotl does not say that there is no accelerator, and Transformers refuses bf16 without being told.
         return settings if torch.accelerator.is_available() else {**settings, "use_cpu": True}
 
@@ -137,6 +142,10 @@ class BeftPlugin(BasePlugin):
         from axolotl.core.trainers import AxolotlTrainer
 
         class BeftAxolotlTrainer(BeftTrainerMixin, AxolotlTrainer):
+            def __init__(self, *args: Any, **kwargs: Any):
+                super().__init__(*args, **kwargs)
+                give_enough_steps(self)
+
             def create_accelerator_and_postprocess(self) -> None:
                 if _launched_on_a_cpu():
                     # Axolotl would make it anew, without gloo.

@@ -130,6 +130,7 @@ def make_config(tmp_path):
             "logging_steps": 1,
             "disable_tqdm": True,
             "score_steps": 2,
+            "bias_layers": "all",
         }
         if settings.get("relative_learning_rate") is None:
             defaults["learning_rate"] = 3e-3

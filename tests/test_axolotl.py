@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 
 pytest.importorskip("axolotl")
 
+from beft_trl.config import SETTINGS, enough_steps
+
+
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes" / "axolotl").glob("*.yaml"))
 LAUNCH_CONFIGS = REPOSITORY / "recipes" / "accelerate_configs"
@@ -100,7 +103,7 @@ def test_it_selects_and_trains_as_the_trl_path_does(world, trained, tmp_path):
 
     config = BeftSFTConfig(
         str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=8, score_steps=2, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", max_length=64,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", max_length=64, learning_rate=3e-3,
     )  # fmt: skip
     rows = load_dataset("json", data_files=str(world / "rows.jsonl"), split="train")
     trainer = BeftSFTTrainer(str(world / "base"), config, train_dataset=rows)
@@ -281,17 +284,20 @@ def test_the_keys_are_typed_and_described_in_the_schema():
 
     prepare_plugins(DictDefault(plugins=["beft_trl.axolotl.BeftPlugin"]))
     fields = merge_input_args()[1].model_fields
-    for name in (
-        "bias_term",
-        "score_method",
-        "score_steps",
-        "score_learning_rate",
-        "score_anchor",
-        "relative_learning_rate",
-        "allow_changed_resume",
-        "trust_checkpoint",
-    ):
+    for name in SETTINGS:
         assert fields[f"beft_{name}"].json_schema_extra["description"]
+
+
+def test_without_a_length_it_takes_enough_steps_at_relative_rates(world, tmp_path):
+    relative = {"beft_relative_learning_rate": 0.05, "beft_bias_layers": [0, 1], "beft_bias_term": "value"}
+    config = settings(world, tmp_path, max_steps=..., save_steps=..., save_strategy="epoch", **relative)
+    run = axolotl(tmp_path, "train", **config)
+    assert run.returncode == 0, run.stderr[-3000:]
+    states = sorted((tmp_path / "out").glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
+    steps = json.loads(states[-1].read_text())["global_step"]
+    assert enough_steps(48) <= steps < enough_steps(48) + 48 / 8
+    record = json.loads((tmp_path / "out" / "beft_scores.json").read_text())
+    assert len(set(record["learning_rates"].values())) == 2 and record["layers"] == [0, 1]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

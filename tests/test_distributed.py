@@ -39,6 +39,7 @@ FLAGS = {
 STORAGE = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "8bit": "torch.int8", "4bit": "torch.float32"}
 RECIPE = {
     "max_steps": 4,
+    "bias_layers": "all",
     "score_steps": 2,
     "logging_steps": 1,
     "gradient_checkpointing": False,

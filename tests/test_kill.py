@@ -39,7 +39,8 @@ PROGRAM = textwrap.dedent(
         on_step_end = on_train_begin
 
     config = BeftSFTConfig(
-        sys.argv[2], score_steps=2, max_steps=int(sys.argv[4]), save_strategy="steps", save_steps=3, logging_steps=1,
+        sys.argv[2], score_steps=2, bias_layers="all", max_steps=int(sys.argv[4]),
+        save_strategy="steps", save_steps=3, logging_steps=1,
         use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=4, disable_tqdm=True,
         gradient_checkpointing=False, save_total_limit=3, lr_scheduler_type="constant",
     )

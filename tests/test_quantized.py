@@ -12,7 +12,10 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_CUDA])]
-SETTINGS = {"max_steps": 6, "score_steps": 2, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+SETTINGS = {
+    **{"bias_layers": "all", "max_steps": 6, "score_steps": 2},
+    **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True},
+}
 QUANTIZATION = {
     "8-bit": (BitsAndBytesConfig(load_in_8bit=True), bitsandbytes.nn.Linear8bitLt, torch.int8),
     "4-bit": (
