@@ -180,11 +180,12 @@ def model_card(
     holds = " and ".join(["the change of the bias", *(f"the trained `{name}`" for name in saved_whole)])
     # The labels of a task are in the configuration next to the adapter, not in that of the base model.
     config = ', config=AutoConfig.from_pretrained("PATH_OF_THIS_FOLDER")' if saved_whole else ""
+    where = f"the attention layers {ranges(scores.layers)}" if scores.layers else "every attention layer"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {model_name or 'BEFT adapter'}",
-        f"The {scores.selected} bias of the attention layers {ranges(scores.layers)} of `{base}`, fine-tuned with "
-        f"BEFT. The base model is frozen: this folder holds nothing but {holds}, in fp32.",
+        f"The {scores.selected} bias of {where} of `{base}`, fine-tuned with BEFT. The base model is frozen: this "
+        f"folder holds nothing but {holds}, in fp32.",
         choice(scores, trainable, total, learning_rates),
     ]
     if scores.method is not None:

@@ -46,6 +46,12 @@ def test_suite(quick):
     assert by_arm["full"]["test"]["nll"] < by_arm["zero-shot"]["test"]["nll"]
     assert all(f"| {arm} |" in report for arm in by_arm)
 
+    report, lines = quick("defaults")
+    by_arm = {line["arm"]: line for line in lines}
+    assert by_arm["BEFT"]["steps"] >= 16 / 2 and by_arm["BEFT"]["trainable"] == 3 * 256  # of three upper layers
+    assert by_arm["BEFT"]["test"]["nll"] < by_arm["zero-shot"]["test"]["nll"]
+    assert all(f"| {arm} |" in report for arm in by_arm)
+
     report, lines = quick("cost")
     assert all(line["machine"] and line["versions"] and line["peak_bytes"] > 0 for line in lines)
     assert next(line for line in lines if line["arm"] == "BEFT")["scoring_seconds"]["5"] > 0
