@@ -24,7 +24,7 @@ CHOICES = {
 
 
 RELATIVE_LEARNING_RATE = 0.05
-ENOUGH_STEPS = 300
+ENOUGH_STEPS = 400
 # Optimizer steps of the scoring pass. One costs two of training. Adam's first moves every bias equally far, so that it
 # tells little.
 DEFAULT_SCORE_STEPS = 5
