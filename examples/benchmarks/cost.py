@@ -1,4 +1,4 @@
-"""Step time, peak memory and checkpoints of BEFT beside its floor, PEFT's BEFT, LoRA and full fine-tuning.
+"""Step time, peak memory and checkpoints of BEFT next to its floor, PEFT's BEFT, LoRA and full fine-tuning.
 
 python examples/benchmarks/cost.py             # all shapes, appended to results/cost.jsonl
 python examples/benchmarks/cost.py --report    # the tables of what is in the file
@@ -6,7 +6,7 @@ python examples/benchmarks/cost.py --report    # the tables of what is in the fi
 Rows are random tokens, of which the last quarter counts for the loss: time and memory do not depend on their values.
 Each run is a process of its own, the arms take turns, and the tables give ratios, since seconds on a shared machine
 say little. The arms run in `trl.SFTTrainer`, but for two: `floor` and `bare loop` are loops over the batches, of a
-frozen forward and backward pass and of PEFT's BEFT. All have TRL's loss, on the labelled tokens alone, as on a GPU.
+frozen forward and backward pass and of PEFT's BEFT. All have TRL's loss, only on the labelled tokens, as on a GPU.
 """
 
 import argparse
@@ -41,9 +41,18 @@ ADAPTERS = {
     "LoRA r=16, all linear": lambda: LoraConfig(r=16, target_modules="all-linear"),
 }
 BARE = ("floor", "bare loop")
-ARMS = ("floor", "bare loop", "PEFT BEFT", "BEFT", "BEFT all", "LoRA r=8, q and v", "LoRA r=16, all linear", "full")
+# The layers, and whether activations are checkpointed; "all" layers and none without an entry.
+SPANS = {
+    "BEFT upper": {"bias_layers": "upper"},
+    "BEFT checkpointed": {"gradient_checkpointing": True},
+    "BEFT upper, checkpointed": {"bias_layers": "upper", "gradient_checkpointing": True},
+}
+ARMS = (
+    *("floor", "bare loop", "PEFT BEFT", "BEFT", "BEFT all", *SPANS),
+    *("LoRA r=8, q and v", "LoRA r=16, all linear", "full"),
+)
 # How time and memory grow is shown for fewer arms.
-QUICK_ARMS = ("floor", "PEFT BEFT", "BEFT", "BEFT all")
+QUICK_ARMS = ("floor", "PEFT BEFT", "BEFT", "BEFT all", "BEFT upper, checkpointed")
 GROWING = ("PEFT BEFT", "BEFT", "LoRA r=8, q and v", "full")
 BATCH, LENGTH = 4, 128
 DEPTH = {"models/opt-small": 6, "models/SmolLM2-135M-Instruct": 30, QUICK_MODEL: 2}
@@ -155,6 +164,7 @@ def measure_trainer(cell: dict, model, rows: Dataset) -> dict:
         }
         if arm.startswith("BEFT"):
             term = "all" if arm == "BEFT all" else "auto"
+            config |= {"bias_layers": "all", **SPANS.get(arm, {})}
             trainer = BeftSFTTrainer(model, BeftSFTConfig(bias_term=term, score_steps=2, **config), **data)
         else:
             adapter = ADAPTERS[arm]() if arm in ADAPTERS else None

@@ -92,7 +92,9 @@ def measure_checkpoint(kind: str) -> dict:
         settings |= {"bf16": False, "model_init_kwargs": {"dtype": "bfloat16"}, "disable_tqdm": True}
         model = str(REPOSITORY / "models/SmolLM2-135M-Instruct")
         if kind == "BEFT":
-            trainer = BeftSFTTrainer(model, BeftSFTConfig(folder, bias_term="value", **settings), train_dataset=rows)
+            trainer = BeftSFTTrainer(
+                model, BeftSFTConfig(folder, bias_term="value", bias_layers="all", **settings), train_dataset=rows
+            )
         else:
             lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"]) if kind == "LoRA r=8" else None
             trainer = SFTTrainer(model, SFTConfig(folder, **settings), train_dataset=rows, peft_config=lora)

@@ -231,7 +231,12 @@ late bias_term: auto; score_learning_rate: 1e30
 -   bias_term: auto; optim: sgd | relative_learning_rate: null | relative_learning_rate: 1e30
 no  learning_rate: 0 | learning_rate: -1e-3 | learning_rate: .nan | learning_rate: .inf | learning_rate: fast
 no  learning_rate: [1e-3] | learning_rate: {a: 1} | learning-rate: 1e-3 | lerning_rate: 1e-3
-no  relative_learning_rate: .inf
+no  relative_learning_rate: .inf | learning_rate: 1e-3; relative_learning_rate: 0.1
+ok  bias_layers: all | bias_layers: 1 | bias_layers: [0, 1] | bias_layers: 0-1; bias_term: auto | bias_layers: '0, 1'
+no  bias_layers: lower | bias_layers: 2 | bias_layers: 1-9 | bias_layers: [] | bias_layers: null | bias_layers: -1
+no  bias_layers: [a] | bias_layers: {a: 1} | bias_layers: 1-0 | bias_layers: true | num_train_epochs: many
+ok  max_steps: -1; num_train_epochs: 1
+-   bias_layers: 0.5
 ok  learning_rate: 1e-3 | learning_rate: '0.01' | relative_learning_rate: 1e-1 | weight_decay: 0 | weight_decay: 0.1
 no  weight_decay: -1 | weight_decay: none | relative_learning_rate: a tenth
 no  max_steps: 1.5 | max_steps: many | max_steps: [2] | max_steps: 0; num_train_epochs: 0

@@ -172,7 +172,7 @@ def trainer_of(model: str, task: Task, seed: int, arm: Arm, rate: float, folder:
     if arm.bias_term:
         if arm.relative:
             config["relative_learning_rate"] = config.pop("learning_rate")
-        return BeftSFTTrainer(model, BeftSFTConfig(bias_term=arm.bias_term, **config), **data)
+        return BeftSFTTrainer(model, BeftSFTConfig(bias_term=arm.bias_term, bias_layers="all", **config), **data)
     return SFTTrainer(model, SFTConfig(**config), peft_config=arm.adapter and arm.adapter(), **data)
 
 

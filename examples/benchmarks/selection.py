@@ -97,7 +97,7 @@ def trainer_of(model: str, task: Task, seed: int, bias_term: str, **settings) ->
     with tempfile.TemporaryDirectory() as folder:
         config = BeftSFTConfig(
             folder, bias_term=bias_term, seed=seed, num_train_epochs=EPOCHS[task.name], max_length=128,
-            learning_rate=learning_rate(model),
+            learning_rate=learning_rate(model), bias_layers="all",
             per_device_train_batch_size=BATCH, per_device_eval_batch_size=16, bf16=False, report_to="none",
             save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
             model_init_kwargs={"dtype": MODELS[model].dtype}, **settings,
