@@ -2,6 +2,7 @@
 
 python examples/benchmarks/defaults.py --data-dir DATA     # all runs, appended to results/defaults.jsonl
 python examples/benchmarks/defaults.py --report            # the tables of what is in the file
+python examples/benchmarks/defaults.py --data-dir DATA --tasks routing-100 --arms "BEFT, all layers"    # a variant
 
 Nothing is tuned. BEFT has only its model, its rows and `max_length`; LoRA has r=16, alpha=32 and 2e-4, (IA)3 has 8e-3,
 which are the values of TRL's and PEFT's own examples, and both have the three epochs of eight rows that are TRL's
@@ -29,6 +30,16 @@ DEVELOPMENT = 26  # rows that routing and letters keep from those they are asked
 ADAPTERS = {
     "LoRA r=16": (2e-4, lambda: LoraConfig(r=16, lora_alpha=32)),
     "(IA)3": (8e-3, IA3Config),
+}
+# One default of BEFT changed at a time.
+VARIANTS = {
+    "BEFT, all layers": {"bias_layers": "all"},
+    "BEFT, relative 0.02": {"relative_learning_rate": 0.02},
+    "BEFT, relative 0.1": {"relative_learning_rate": 0.1},
+    "BEFT, 200 steps": {"max_steps": 200},
+    "BEFT, 800 steps": {"max_steps": 800},
+    "BEFT, batch 8": {"per_device_train_batch_size": 8},
+    "BEFT, 3e-3 in all layers": {"bias_layers": "all", "learning_rate": 3e-3},
 }
 ARMS = ["zero-shot", "BEFT", *ADAPTERS]
 
@@ -77,8 +88,8 @@ def trainer_of(model: str, task: Task, seed: int, arm: str, folder: str) -> SFTT
         "eval_dataset": task.test,
         "processing_class": AutoTokenizer.from_pretrained(model),
     }
-    if arm == "BEFT":
-        return BeftSFTTrainer(model, BeftSFTConfig(**config), **data)
+    if arm.startswith("BEFT"):
+        return BeftSFTTrainer(model, BeftSFTConfig(**config, **VARIANTS.get(arm, {})), **data)
     rate, adapter = ADAPTERS.get(arm, (1e-4, lambda: None))
     return SFTTrainer(model, SFTConfig(learning_rate=rate, **config), peft_config=adapter(), **data)
 
@@ -115,7 +126,7 @@ def report(results) -> None:
 if __name__ == "__main__":
     parser = records.make_parser(__doc__, "defaults.jsonl")
     add_arguments(parser, TASKS)
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=[*ARMS, *VARIANTS])
     parsed = parse(parser)
     if parsed.quick:
         parsed.models, parsed.tasks = [QUICK_MODEL], ["routing-16"]
