@@ -37,6 +37,7 @@ from .checkpoints import (
 )
 from .compat.adapters import beft_tuner, copy_to_reference, labelled_tokens_only
 from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
+from .config import default_score_steps
 from .data.labels import check_tokens, position_limit
 from .data.vocabulary import known_tokens_only
 from .deltas import (
@@ -318,7 +319,8 @@ class BeftTrainerMixin:
         if share is not None:
             sites = self._sites_of(scores)
             if result is None:
-                steps = score_steps(self.args.score_steps, run_steps(self))
+                run = run_steps(self)
+                steps = min(self.args.score_steps or default_score_steps(run), run)
                 found = measure_sizes(self, self._deltas, steps, super().train)
             else:
                 found = result.sizes

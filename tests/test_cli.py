@@ -94,6 +94,7 @@ def project(tmp_path_factory):
     recipe = {
         "model_name_or_path": str(folder / "base"),
         "train_file": str(folder / "rows.jsonl"),
+        "bias_layers": "all",
         "score_steps": 2,
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,
@@ -144,9 +145,11 @@ def test_check_finds_what_the_run_will_do(beft, project, tmp_path):
         assert shown[0][0].split() == row["prompt"].split()
         assert f"{row['completion'].strip()} </s>".startswith(shown[1][0].strip())
 
-    relative = ["--bias_term", "value", "--relative_learning_rate", "0.03"]
-    run = beft("check", project / "recipe.yaml", *relative)
-    assert "Before the run 2 steps measure" in run.stdout and "12 optimizer steps." in run.stdout
+    given = ["--bias_term", "value", "--relative_learning_rate", "0.03", "--bias_layers", "upper"]
+    run = beft("check", project / "recipe.yaml", *given)
+    assert "in each layer 0.03 of the RMS" in run.stdout and "12 optimizer steps." in run.stdout
+    run = beft("check", project / "recipe.yaml", "--learning_rate", "0.01")
+    assert "Learning rate: 0.01, in all layers." in run.stdout
 
     evaluated = ["--test_file", project / "rows.jsonl", "--eval_strategy", "epoch"]
     run = beft("check", project / "recipe.yaml", *evaluated)

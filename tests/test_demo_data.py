@@ -64,7 +64,7 @@ def test_the_example_overrides_the_demo_by_the_command_line(monkeypatch):
     monkeypatch.setattr("beft_trl.cli.run.train", ran.append)
     monkeypatch.setattr("beft_trl.cli.run.leave", lambda trainer: None)
     monkeypatch.setattr("beft_trl.demo.make_demo", lambda: None)
-    for more, rate, term in (([], None, "auto"), (["--relative_learning_rate", "0.1", "--bias_term=key"], 0.1, "key")):
+    for more, rate, term in (([], 0.05, "auto"), (["--relative_learning_rate", "0.1", "--bias_term=key"], 0.1, "key")):
         monkeypatch.setattr(sys, "argv", ["sft_opt.py", *more, "--use_cpu", "true"])
         runpy.run_path(str(DATA.parent / "sft_opt.py"), run_name="__main__")
         training = ran[-1].training

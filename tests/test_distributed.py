@@ -71,8 +71,10 @@ def launch(folder, model, engine, precision, *overrides, recipe=None, launch_con
     MODELS[model]().save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
     make_rows(48).to_json(folder / "rows.jsonl")
+    relative = any("relative_learning_rate" in text for text in (*overrides, *(recipe or {})))
     settings = {
         **RECIPE,
+        **({} if relative else {"learning_rate": 3e-3}),
         "model_name_or_path": str(folder / "base"),
         "train_file": str(folder / "rows.jsonl"),
         "output_dir": str(folder / "out"),

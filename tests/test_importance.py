@@ -104,6 +104,7 @@ def test_json_has_the_documented_keys_and_comes_back_equal(scores, tmp_path):
         "anchor",
         "steps",
         "base_model",
+        "layers",
         "quantization",
         "notes",
         "versions",

@@ -13,7 +13,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_CUDA])]
 SETTINGS = {
-    **{"bias_layers": "all", "max_steps": 6, "score_steps": 2},
+    **{"bias_layers": "all", "max_steps": 6, "score_steps": 2, "per_device_train_batch_size": 8},
     **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True},
 }
 QUANTIZATION = {

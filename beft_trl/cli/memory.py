@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from trl import SFTTrainer
 
 from ..compat.tracing import (
     DataDependentOutputException,
@@ -16,6 +17,7 @@ from ..compat.tracing import (
     WeakIdKeyDictionary,
     tree_leaves,
 )
+from ..data.labels import IGNORED
 from ..engines import SPLIT_AT_LOADING
 
 
@@ -83,7 +85,9 @@ def estimate_memory(
     # DeepSpeed has the weights in 16 bits instead.
     autocast = (args.bf16 or args.fp16) and not engine.startswith("zero")
     dtype = torch.float16 if args.fp16 else torch.bfloat16
-    # Always as on a CPU: on other devices TRL's loss takes shapes from the data. Attention saves no scores on either.
+    # TRL's loss is computed for tokens with a label, whose number tensors without data do not tell: here for all, of
+    # which a share counts.
+    labelled = (batch["labels"] != IGNORED).float().mean().item()
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=autocast):
         _give_fake_tensors(model)
         # Not what packing adds to a batch, on which attention masks depend by value; their shapes do not.
@@ -100,7 +104,7 @@ def estimate_memory(
         deltas=trained * 8,
         optimizer=trained * 8 + master,
         activations=min(hidden, whole) + _largest_dequantised(base, quantization),
-        logits=max(0, whole - hidden),
+        logits=int(max(0, whole - hidden) * labelled),
     )
 
 
@@ -110,7 +114,7 @@ def _loss(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     try:
         # What trainers do with the loss's value, for their logs, needs data: it ends here, after the loss.
         with suppress(DataDependentOutputException):
-            trainer.compute_loss(trainer.model, dict(batch))
+            SFTTrainer.compute_loss(trainer, trainer.model, dict(batch))
     finally:
         hook.remove()
     return losses[-1]

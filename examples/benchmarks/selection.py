@@ -89,7 +89,7 @@ def cell(model: str, task: Task, seed: int) -> dict:
 
 
 def learning_rate(model: str) -> float:
-    return BeftSFTConfig.learning_rate * MODELS[model].rate_factor
+    return 3e-3 * MODELS[model].rate_factor
 
 
 @contextmanager
