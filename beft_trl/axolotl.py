@@ -65,7 +65,10 @@ class _CheckedArgs(BaseModel):
             if any(data[key] is not None for key in keys):
                 raise ValueError(f"{keys[0]} has no effect without adapter: beft. Set it, or leave the key out.")
             return data
-        check_values({field: data[key] for key, field in FIELD_OF.items() if data.get(key) is not None})
+        try:
+            check_values({field: data[key] for key, field in FIELD_OF.items() if data.get(key) is not None})
+        except ValueError as error:
+            raise ValueError(f"beft_{error}") from None  # which begins with the field
         for key, reason in CONFLICTS.items():
             if data.get(key):
                 raise ValueError(f"{key} and adapter: beft exclude each other: {reason}")
@@ -109,7 +112,7 @@ class BeftPlugin(BasePlugin):
             return None
         settings = {field: cfg[key] for key, field in FIELD_OF.items() if cfg[key] is not None}
         if not self.length_given:
-            settings["num_train_epochs"] = None
+            settings |= {"num_train_epochs": None, "max_steps": -1}  # Axolotl counts those of one epoch
         # Axolotl does not say that there is no accelerator, and Transformers refuses bf16 without being told.
         return settings if torch.accelerator.is_available() else {**settings, "use_cpu": True}
 
