@@ -1,5 +1,6 @@
 """The span of layers that a run trains, and the end of its backward pass below them."""
 
+import itertools
 import re
 from typing import Any
 
@@ -74,7 +75,7 @@ def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> None:
 
     Without it they are out by themselves. With it Transformers, PEFT and TRL let the output of the embeddings require
     a gradient, which then goes through every layer. Here the output of the last frozen layer does in its place, and
-    the frozen layers are computed once.
+    the frozen layers are computed once. Nothing is done if something below is trained whole, as `modules_to_save`.
 
     Args:
         model (`PeftModel`): with its deltas.
@@ -84,7 +85,9 @@ def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> None:
     if found is None:
         return
     layers, lowest = found
-    if lowest == 0 or not hasattr(layers[0], "gradient_checkpointing"):
+    # In the order of the model: embeddings, layers, head. What is trained whole may be among the first.
+    frozen = itertools.takewhile(lambda each: each is not next(layers[lowest].parameters()), model.parameters())
+    if lowest == 0 or not hasattr(layers[0], "gradient_checkpointing") or any(each.requires_grad for each in frozen):
         return
 
     def checkpoint_none_below(*call: Any) -> None:

@@ -88,7 +88,7 @@ def load_rows(glue: GlueArguments) -> DatasetDict:
 def load_file(file: Path) -> Dataset:
     if file.suffix not in FORMATS:
         raise ValueError(f"{file} is not one of {', '.join(FORMATS)}.")
-    # GLUE's tab-separated files quote nothing: a lone quotation mark would swallow the rows behind it.
+    # GLUE's tab-separated files quote nothing: a lone quotation mark would swallow the rows after it.
     separated = {"sep": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
     return load_dataset(FORMATS[file.suffix], data_files=str(file), split="train", **separated)
 

@@ -30,7 +30,7 @@ def project(tmp_path):
     set_seed(0)
     BertModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "encoder")
     make_tokenizer().save_pretrained(tmp_path / "encoder")
-    # A quotation mark that is never closed must not swallow the rows behind it.
+    # A quotation mark that is never closed must not swallow the rows after it.
     rows = [f'w{index} "w{index + 1} w3\t{["no", "yes"][index % 2]}' for index in range(24)]
     (tmp_path / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
     return tmp_path

@@ -54,7 +54,7 @@ PROGRAM = textwrap.dedent(
 
 
 def start(out, steps, resume):
-    """Returns once training has begun; the step it has reached stands in the file `progress` beside the output."""
+    """Returns once training has begun; the step it has reached stands in the file `progress` next to the output."""
     progress = out.parent / "progress"
     progress.unlink(missing_ok=True)
     process = subprocess.Popen(

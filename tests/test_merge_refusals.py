@@ -205,11 +205,11 @@ REFUSED = {
         "no tensor nothing.weight"),
     "index of a shard that lacks a tensor": (without, f"no tensor {VALUE}"),
     "index of a tensor in two shards": (twice, f"{VALUE} is in .*, too"),
-    "index of other files beside a single one": (
+    "index of other files next to a single one": (
         write(INDEX, json.dumps({"weight_map": {VALUE: "a.safetensors"}})),
         "has model.safetensors, .* names a.safetensors",
     ),
-    "index beside the single file, damaged": (write(INDEX, '{"weight_map": []}'), "has no weight_map"),
+    "index next to the single file, damaged": (write(INDEX, '{"weight_map": []}'), "has no weight_map"),
     # The base's configuration.
     "config missing": (remove("base/config.json"), "has no config.json"),
     "config empty": (write("base/config.json", ""), "config.json cannot be read"),

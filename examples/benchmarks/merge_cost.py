@@ -1,4 +1,4 @@
-"""Seconds and memory of a merge beside `cp -r`, on a synthetic sharded checkpoint that never was a model.
+"""Seconds and memory of a merge next to `cp -r`, on a synthetic sharded checkpoint that never was a model.
 
 python examples/benchmarks/merge_cost.py --gigabytes 4 --folder /tmp/merge_cost
 """
@@ -23,7 +23,7 @@ from beft_trl.layout import build_skeleton, find_bias_sites
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> None:
-    """A Llama's checkpoint with one shard of random bf16 weights for each layer, and an adapter beside it."""
+    """A Llama's checkpoint with one shard of random bf16 weights for each layer, and an adapter next to it."""
     layers = max(1, round(gigabytes * 2**30 / (2 * 12.1 * 2048**2)))
     config = LlamaConfig(hidden_size=2048, intermediate_size=5504, num_hidden_layers=layers, vocab_size=32000)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"

@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy of BEFT beside LoRA, prefix tuning, (IA)3 and full fine-tuning, with few examples.
+"""Held-out loss and accuracy of BEFT next to LoRA, prefix tuning, (IA)3 and full fine-tuning, with few examples.
 
 python examples/benchmarks/quality.py --data-dir DATA      # all runs, appended to results/quality.jsonl
 python examples/benchmarks/quality.py --report             # the tables of what is in the file
@@ -50,7 +50,7 @@ class Arm:
 
 
 BIAS_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-# By their scores query and key are small beside what they stand beside: with the value's rates alone they would lose.
+# By their scores query and key are small next to what they are added to: with only the value's rates they would lose.
 LARGE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 RELATIVE_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -157,7 +157,7 @@ def run(model: str, task: Task, seed: int, arm: Arm, rate: float) -> dict:
 
 
 def trainer_of(model: str, task: Task, seed: int, arm: Arm, rate: float, folder: str) -> SFTTrainer:
-    # Updates of full fine-tuning at these rates are lost in bf16 weights; adapters and deltas are fp32 beside them.
+    # Updates of full fine-tuning at these rates are lost in bf16 weights; adapters and deltas are fp32 next to them.
     dtype = MODELS[model].dtype if arm.bias_term or arm.adapter else "float32"
     config = {
         "output_dir": folder, "seed": seed, "learning_rate": rate or 1e-3, "bf16": False, "report_to": "none",
