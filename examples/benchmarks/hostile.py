@@ -673,11 +673,11 @@ CHECKPOINTS: list[tuple] = [
 USAGE = """
 2  --nothing | nothing | check | train | info | merge | merge --adapter adapter | info adapter more
 2  merge --adapter adapter --output merged --nothing | score recipe.yaml --steps 5,ten | score recipe.yaml --steps 0
-2  score recipe.yaml --steps= | score recipe.yaml --score_method
+2  score recipe.yaml --steps=
 0  --help | score recipe.yaml --steps 1,2 | check recipe.yaml --seed=1 --seed=2 | check recipe.yaml --json
 0  check recipe.yaml --dry-run | info run/checkpoint-2
 1  score recipe.yaml --steps 100 | score recipe.yaml --output recipe.yaml
-1  score recipe.yaml --model_name_or_path nowhere
+1  score recipe.yaml --model_name_or_path nowhere | score recipe.yaml --score_method
 1  check missing.yaml | train missing.yaml | check llama | train llama | check - | check recipe.yaml --seed
 1  train recipe.yaml --seed | check recipe.yaml --seed x | check recipe.yaml --lerning_rate=1 | train recipe.yaml stray
 1  train recipe.yaml --lerning_rate=1 | check recipe.yaml stray | check recipe.yaml -s 1
