@@ -58,8 +58,7 @@ class BeftConfigMixin:
         bias_term: the term to train. `"auto"` scores query, key and value first and takes the best; `"all"` trains
             the three together.
         bias_layers: the layers whose bias is trained: `"all"`, `"upper"` (the upper half), a range such as `"15-29"`,
-            or a list of numbers. Frozen layers below the lowest of them take no part in the backward pass. Where the
-            upper half was measured it generalised as well or better, in 60% of the time.
+            or a list of numbers. Frozen layers below the lowest of them take no part in the backward pass.
         score_method: how the terms are ranked: `"beft"` (angle and change of magnitude together), `"magnitude"` or
             `"fisher"`. All three are reported.
         score_steps: optimizer steps of the scoring pass, which runs over as many batches a second time for the

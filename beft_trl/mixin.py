@@ -35,8 +35,9 @@ from .checkpoints import (
     steps_of,
     warn_of_other_runs,
 )
-from .compat.adapters import beft_tuner, copy_to_reference, labelled_tokens_only
+from .compat.adapters import beft_tuner, copy_to_reference
 from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
+from .compat.losses import labelled_tokens_only
 from .config import default_score_steps
 from .data.labels import check_tokens, position_limit
 from .data.vocabulary import known_tokens_only

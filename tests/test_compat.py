@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.utils import is_bitsandbytes_available
 
 import beft_trl
-from beft_trl.compat import adapters, engines, models
+from beft_trl.compat import adapters, engines, losses, models
 
 
 PACKAGE = Path(beft_trl.__file__).parent
@@ -102,6 +102,15 @@ def test_trl_calls_its_reference_adapter_so():
 @pytest.mark.parametrize("ending", adapters.METRICS)
 def test_trl_fills_containers_of_these_names(ending):
     assert re.search(rf"self\.\w*{ending}\b", source("trl.trainer.sft_trainer") + source("trl.trainer.grpo_trainer"))
+
+
+def test_trl_asks_whether_its_loss_computes_only_labelled_logits():
+    assert "_use_triton(hidden_states.device)" in source("trl.trainer.utils")
+    cpu = torch.device("cpu")
+    assert not losses.utils._use_triton(cpu)
+    with losses.labelled_tokens_only(cpu):
+        assert losses.utils._use_triton(cpu)
+    assert not losses.utils._use_triton(cpu)
 
 
 def test_what_from_pretrained_takes_is_known():

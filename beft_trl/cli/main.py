@@ -234,7 +234,3 @@ def main() -> None:
     """The entry point of the `beft` command."""
     with explained_errors():
         sys.exit(app(standalone_mode=False) or 0)  # not standalone, where Ctrl-C would end in 1
-
-
-if __name__ == "__main__":
-    main()

@@ -6,11 +6,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from trl.trainer import utils
 
 
 try:
@@ -73,23 +71,6 @@ def set_targets(model: Any, adapter_name: str, modules: list[str]) -> None:
     """Says which modules an adapter is in. Lists: PEFT (0.21) would write a set to the adapter's file in any order."""
     model.base_model.targeted_module_names = modules
     model.peft_config[adapter_name].target_modules = modules
-
-
-@contextmanager
-def labelled_tokens_only(device: torch.device) -> Iterator[None]:
-    """Has TRL's loss compute logits only for tokens with a label on a CPU, as it does on a GPU: the same loss, sooner.
-
-    TRL (1.16) asks `_use_triton` whether to, since the sizes would change from batch to batch, which some devices
-    compile for; a CPU does not. This goes when TRL asks for that.
-    """
-    if device.type != "cpu" or not hasattr(utils, "_use_triton"):
-        yield
-        return
-    asked, utils._use_triton = utils._use_triton, lambda device: True
-    try:
-        yield
-    finally:
-        utils._use_triton = asked
 
 
 def copy_to_reference(model: nn.Module, adapter_name: str) -> None:
