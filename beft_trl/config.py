@@ -70,6 +70,9 @@ class BeftConfigMixin:
         relative_learning_rate: learning rate of the biases as a share of what they are added to: each layer's is this
             times the root mean square (RMS) of its projection's outputs, over the tokens of the first `score_steps`
             batches. It takes the place of `learning_rate`, which is then only that of a task's head.
+        cache_frozen_layers: compute the frozen layers below the lowest trained one once for each row, and keep what
+            they give in the processor's memory, so that later steps begin after them. `None`: if nothing but the time
+            changes by it, and half of the free memory is enough. `True` is an error where it cannot be.
         allow_changed_resume: resume a checkpoint although the data or the settings of the run are others, for
             instance for more steps.
         trust_checkpoint: resume a ZeRO checkpoint that belongs to another user. DeepSpeed unpickles it, and that runs
@@ -124,6 +127,13 @@ class BeftConfigMixin:
         metadata={
             "help": "Learning rate of the biases in each layer, as a share of the RMS of what its projection gives, "
             f"in place of `learning_rate`. Default: {RELATIVE_LEARNING_RATE}, if `learning_rate` is not given either."
+        },
+    )
+    cache_frozen_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the frozen layers below `bias_layers` once for each row, and keep what they give in the "
+            "processor's memory. Default: where it changes nothing but the time."
         },
     )
     allow_changed_resume: bool = field(

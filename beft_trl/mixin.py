@@ -50,6 +50,7 @@ from .deltas import (
     gather_saved_whole,
 )
 from .engines import engine_of, refuse_cell, slow_16_bits
+from .frozen_cache import frozen_cache
 from .identity import identify_base, identify_run, quantization_of
 from .importance import BiasScores, rank
 from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term, skeleton_of
@@ -100,7 +101,7 @@ class BeftTrainerMixin:
     - `__init__` puts a delta at each candidate bias, and refuses what cannot train one;
     - `train` scores, selects, resumes only its own checkpoints, and checks that the deltas moved;
     - `create_optimizer`, `get_decay_parameter_names` and `log` know the deltas' learning rates and weight decay;
-    - `compute_loss` stops at a loss that is not finite;
+    - `compute_loss` starts after the frozen layers for rows that it has seen, and stops at a loss that is not finite;
     - `save_model` and checkpoints hold the deltas, in fp32, and what explains them.
 
     Args:
@@ -181,6 +182,7 @@ class BeftTrainerMixin:
         self.bias_sites = sites
         self.learning_rates: dict[str, float] = {}
         self._deltas = Deltas(self.model, candidates)
+        self._frozen_cache = frozen_cache(self, candidates, engine_of(self.args))
         # A model without weights, which only a check has, stands for the one of its name.
         named = isinstance(model, str) or self.model.device.type == "meta"
         base = self.model.get_base_model()
@@ -368,7 +370,8 @@ class BeftTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, *others: Any, **kwargs: Any):
-        with labelled_tokens_only(self.args.device):
+        cached = self._frozen_cache.in_use() if self._frozen_cache is not None else nullcontext()
+        with labelled_tokens_only(self.args.device), cached:
             computed = super().compute_loss(model, *others, **kwargs)
         if self.model.training:
             loss = computed[0] if isinstance(computed, tuple) else computed

@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -70,6 +71,44 @@ def ranges(layers: Any) -> str:
     return ",".join("-".join(map(str, run)) for run in runs)
 
 
+class FrozenLayers(NamedTuple):
+    """The layers below the lowest that is trained.
+
+    Attributes:
+        layers (`list[nn.Module]`): in their order, one at least.
+        first_trained (`nn.Module`): the layer after them.
+        around (`list[nn.Module]`): the modules that the list of layers is in, the base model first.
+    """
+
+    layers: list[Any]
+    first_trained: Any
+    around: list[nn.Module]
+
+
+def frozen_below(model: PeftModel, sites: Sequence[BiasSite]) -> FrozenLayers | None:
+    """The frozen layers below the lowest of `sites`, or `None` if there are none, or something below is trained whole.
+
+    Args:
+        model (`PeftModel`): with its deltas.
+        sites (`Sequence[BiasSite]`): all that can be trained.
+    """
+    base = model.get_base_model()
+    indices = [index for site in sites if (index := re.search(r"(?:^|\.)(\d+)(?:\.|$)", site.module))]
+    if not indices or len(indices) < len(sites):
+        return None
+    path = sites[0].module[: indices[0].start()]
+    layers, lowest = base.get_submodule(path), min(int(index[1]) for index in indices)
+    if not isinstance(layers, nn.ModuleList) or lowest == 0:
+        return None
+    # In the order of the model: embeddings, layers, head. What is trained whole may be among the first.
+    first = next(layers[lowest].parameters())
+    if any(each.requires_grad for each in itertools.takewhile(lambda each: each is not first, model.parameters())):
+        return None
+    parts = path.split(".")
+    around = [base, *(base.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))]
+    return FrozenLayers(list(layers[:lowest]), layers[lowest], around)
+
+
 def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> None:
     """Keeps the frozen layers below the lowest of `sites` out of the backward pass, with gradient checkpointing too.
 
@@ -81,43 +120,26 @@ def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> None:
         model (`PeftModel`): with its deltas.
         sites (`list[BiasSite]`): all that can be trained.
     """
-    found = layer_list(model.get_base_model(), sites)
-    if found is None:
+    found = frozen_below(model, sites)
+    if found is None or not hasattr(found.layers[0], "gradient_checkpointing"):
         return
-    layers, lowest = found
-    # In the order of the model: embeddings, layers, head. What is trained whole may be among the first.
-    frozen = itertools.takewhile(lambda each: each is not next(layers[lowest].parameters()), model.parameters())
-    if lowest == 0 or not hasattr(layers[0], "gradient_checkpointing") or any(each.requires_grad for each in frozen):
-        return
+    layers, first_trained = found.layers, found.first_trained
 
     def checkpoint_none_below(*call: Any) -> None:
-        for layer in layers[:lowest]:
+        for layer in layers:
             layer.gradient_checkpointing = False  # a run switches it on for all of them when it begins
 
     def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return _map(args, Tensor.detach), {name: _map(value, Tensor.detach) for name, value in kwargs.items()}
 
     def end(module: nn.Module, args: tuple, output: Any) -> Any:
-        if layers[lowest].gradient_checkpointing and torch.is_grad_enabled():
+        if first_trained.gradient_checkpointing and torch.is_grad_enabled():
             return _map(output, lambda values: values.detach().requires_grad_())
         return output
 
     model.register_forward_pre_hook(checkpoint_none_below)
     layers[0].register_forward_pre_hook(start, with_kwargs=True)
-    layers[lowest - 1].register_forward_hook(end)
-
-
-def layer_list(base: nn.Module, sites: list[BiasSite]) -> tuple[Any, int] | None:
-    """The `ModuleList` of the layers that `sites` are in, and the index of the lowest; `None` if there is none."""
-    path, lowest = "", None
-    for site in sites:
-        index = re.search(r"(?:^|\.)(\d+)(?:\.|$)", site.module)
-        if index is None:
-            return None
-        path = site.module[: index.start()]
-        lowest = int(index[1]) if lowest is None else min(lowest, int(index[1]))
-    layers = base.get_submodule(path) if lowest is not None else None
-    return (layers, lowest) if isinstance(layers, nn.ModuleList) and lowest is not None else None
+    layers[-1].register_forward_hook(end)
 
 
 def _map(given: Any, change: Any) -> Any:

@@ -140,6 +140,29 @@ def test_an_evaluation_before_the_run_leaves_the_processes_together(reference, t
         torch.testing.assert_close(delta, expected.deltas[name], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(engine, marks=pytest.mark.matrix) for engine in ("ddp", "zero1", "zero3"))]
+)
+def test_every_process_keeps_what_the_frozen_layers_give(reference, tmp_path, engine):
+    """Two rows, one for each process in each step, so that every process soon knows both; ZeRO-3 keeps none."""
+    few = tmp_path / "few.jsonl"
+    make_rows(2).to_json(few)
+    recipe = {
+        "train_file": str(few), "bias_term": "value", "bias_layers": "upper", "max_steps": 12, "save_steps": 4,
+        "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    expected = reference(
+        "llama", "fp32", recipe=recipe | {"per_device_train_batch_size": 2, "cache_frozen_layers": False}
+    )
+    found = finished(tmp_path / "cell", "llama", engine, "fp32", recipe=recipe)
+    torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=1e-4)
+    for name, delta in found.deltas.items():
+        torch.testing.assert_close(delta, expected.deltas[name], rtol=0, atol=1e-4, msg=name)
+    for notes in (*found.notes, *expected.notes):
+        skipped = notes["skipped_frozen_layers"]
+        assert skipped >= 4 if notes in found.notes and engine != "zero3" else skipped is None
+
+
 @pytest.mark.parametrize(("model", "engine", "precision"), CELLS)
 def test_a_cell_equals_the_single_process(reference, tmp_path, model, engine, precision):
     expected = reference(model, precision)

@@ -22,6 +22,7 @@ from ..config import BeftSFTConfig
 from ..data.labels import LabelAudit, audit_labels, untruncated
 from ..data.rows import prepare_rows
 from ..engines import engine_of, precision_of, refuse_cell
+from ..frozen_cache import reason_against, states_bytes
 from ..layout import BiasSites, find_bias_sites, sites_of_term
 from ..scoring import run_steps, score_steps
 from ..spans import sites_in
@@ -65,6 +66,8 @@ class Check:
         learning_rate: one for all layers, or the share if `relative_learning_rate` is not `None`.
         relative_learning_rate: what each layer learns at, relative to the RMS of its projection's outputs.
         score_steps: optimizer steps of the scoring pass, which runs over as many batches twice; 0 without one.
+        frozen_states: bytes that the states after the frozen layers take, which are computed once for each row.
+        frozen_computed: why they are computed in every step, or `None` if they are not.
         memory: of one device.
         device_memory: bytes that a device has for each process, or `None` if that is not known.
         dry_run: whether a scoring step and a training step were done with the weights.
@@ -86,6 +89,8 @@ class Check:
     learning_rate: float | None = None
     relative_learning_rate: float | None = None
     score_steps: int | None = None
+    frozen_states: int | None = None
+    frozen_computed: str | None = None
     memory: MemoryEstimate | None = None
     device_memory: int | None = None
     dry_run: bool = False
@@ -211,6 +216,11 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
     with check.noting():
         check.steps = run_steps(trainer)
         check.score_steps = score_steps(args.score_steps, check.steps) if args.bias_term == "auto" else 0
+    if args.cache_frozen_layers is False:
+        check.frozen_computed = "cache_frozen_layers=False"
+    else:
+        check.frozen_computed = reason_against(trainer, trainer.bias_sites, check.engine or "single")
+    check.frozen_states = states_bytes(trainer) if check.frozen_computed is None else None
     with check.noting():
         # As a checkpoint has them.
         planned.per_device_train_batch_size = args.per_device_train_batch_size

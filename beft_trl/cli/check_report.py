@@ -45,6 +45,13 @@ def check_report(check: Check) -> Iterator[Any]:
                 f"Learning rate: in each layer {check.relative_learning_rate:g} of the RMS of what its projection "
                 "gives, which is measured before the run."
             )
+    if check.frozen_computed is not None:
+        yield f"The frozen layers are computed in every step: {escape(check.frozen_computed)}."
+    elif check.frozen_states is not None:
+        yield (
+            "The frozen layers are computed once for each row: what they give takes "
+            f"{check.frozen_states / 2**20:,.0f} MiB of the processor's memory."
+        )
     if check.memory:
         yield memory_table(check.memory, check.device_memory)
     if check.dry_run:

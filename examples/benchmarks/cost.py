@@ -41,12 +41,18 @@ ADAPTERS = {
     "LoRA r=16, all linear": lambda: LoraConfig(r=16, target_modules="all-linear"),
 }
 BARE = ("floor", "bare loop")
-# The layers, and whether activations are checkpointed; "all" layers and none without an entry.
+# The layers, whether their activations are checkpointed, and whether what the frozen ones give is kept; all layers, no
+# and no without an entry.
 SPANS = {
-    "BEFT upper": {"bias_layers": "upper"},
+    "BEFT upper": {"bias_layers": "upper", "cache_frozen_layers": False},
+    "BEFT upper, first epoch": {"bias_layers": "upper"},
+    "BEFT upper, later epochs": {"bias_layers": "upper"},
     "BEFT checkpointed": {"gradient_checkpointing": True},
-    "BEFT upper, checkpointed": {"bias_layers": "upper", "gradient_checkpointing": True},
-}
+    "BEFT upper, checkpointed": {
+        "bias_layers": "upper", "cache_frozen_layers": False, "gradient_checkpointing": True,
+    },
+}  # fmt: skip
+LATER = "later epochs"  # how the arms end whose rows come back
 ARMS = (
     *("floor", "bare loop", "PEFT BEFT", "BEFT", "BEFT all", *SPANS),
     *("LoRA r=8, q and v", "LoRA r=16, all linear", "full"),
@@ -116,7 +122,8 @@ def measure(cell: dict) -> dict:
 
 
 def random_rows(cell: dict, vocabulary: int) -> Dataset:
-    ids = torch.randint(3, vocabulary, (cell["batch"] * cell["steps"], cell["length"]))
+    steps = 1 if cell["arm"].endswith(LATER) else cell["steps"]
+    ids = torch.randint(3, vocabulary, (cell["batch"] * steps, cell["length"]))
     labels = ids.clone()
     labels[:, : -cell["length"] // 4] = -100
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
