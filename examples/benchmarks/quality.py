@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -46,6 +46,7 @@ class Arm:
     bias_term: str | None = None
     adapter: Callable[[], PeftConfig] | None = None
     settings: dict = field(default_factory=dict)
+    bias_layers: str = "all"
     relative: bool = False  # the rates are a `relative_learning_rate`, which needs no factor for the model
 
 
@@ -77,6 +78,23 @@ ARMS = {
     "full": Arm((3e-6, 1e-5, 3e-5, 1e-4)),
 }
 QUICK_ARMS = ["zero-shot", "BEFT auto", "LoRA r=1", "prefix tuning", "full"]
+# The defaults of BEFT next to the others at as many small steps, and at those that take as long: a step of two rows in
+# the upper half of the layers, whose frozen half is cached, takes 0.55 of one of LoRA (cost.py).
+SMALL_STEPS = {"max_steps": 400, "per_device_train_batch_size": 2}
+AS_LONG = {**SMALL_STEPS, "max_steps": 220}
+LONG = {
+    "BEFT, small steps": Arm(
+        (2e-2, 5e-2, 1e-1, 2e-1), bias_term="auto", settings=SMALL_STEPS, bias_layers="upper", relative=True
+    ),
+    "BEFT all layers, small steps": Arm(
+        (2e-2, 5e-2, 1e-1, 2e-1), bias_term="auto", settings=SMALL_STEPS, relative=True
+    ),
+    **{
+        f"{name}, {length}": replace(ARMS[name], settings=settings)
+        for name in ("LoRA r=8", "(IA)3")
+        for length, settings in {"small steps": SMALL_STEPS, "same time": AS_LONG}.items()
+    },
+}
 # One setting of the value bias changed at a time: what the defaults rest on.
 VARIANTS = {
     f"BEFT value, {name}": Arm(BIAS_RATES[:3], bias_term="value", settings=settings)
@@ -97,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
             task = load_task(task_name, arguments.data_dir, seed)
             for model in arguments.models:
                 for name in arguments.arms:
-                    arm = (ARMS | VARIANTS)[name]
+                    arm = (ARMS | LONG | VARIANTS)[name]
                     line = {"model": model, "task": task_name, "seed": seed, "arm": name}
                     while (rate := next_rate(arm, line, arguments)) is not None:
                         result = run(model, task, seed, arm, rate)
@@ -172,7 +190,9 @@ def trainer_of(model: str, task: Task, seed: int, arm: Arm, rate: float, folder:
     if arm.bias_term:
         if arm.relative:
             config["relative_learning_rate"] = config.pop("learning_rate")
-        return BeftSFTTrainer(model, BeftSFTConfig(bias_term=arm.bias_term, bias_layers="all", **config), **data)
+        return BeftSFTTrainer(
+            model, BeftSFTConfig(bias_term=arm.bias_term, bias_layers=arm.bias_layers, **config), **data
+        )
     return SFTTrainer(model, SFTConfig(**config), peft_config=arm.adapter and arm.adapter(), **data)
 
 
@@ -240,7 +260,7 @@ def report(results: Path) -> None:
 if __name__ == "__main__":
     parser = records.make_parser(__doc__, "quality.jsonl")
     add_arguments(parser, TASKS)
-    parser.add_argument("--arms", nargs="+", default=[*ARMS, *VARIANTS], choices=[*ARMS, *VARIANTS])
+    parser.add_argument("--arms", nargs="+", default=[*ARMS, *VARIANTS], choices=[*ARMS, *LONG, *VARIANTS])
     parsed = parse(parser)
     if parsed.quick:
         parsed.arms = QUICK_ARMS
