@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
+from .aside import run_steps
 from .config import BeftConfigMixin, enough_steps
 from .layout import BiasSites
 from .tuner import refuse_other_adapters
@@ -184,11 +185,11 @@ def give_enough_steps(trainer: Any) -> None:
     if not hasattr(trainer.train_dataset, "__len__"):
         return  # a stream, for which max_steps is given
     rows = len(trainer.train_dataset)
-    per_epoch = math.ceil(rows / (args.train_batch_size * args.gradient_accumulation_steps * args.world_size))
     enough = enough_steps(rows)
     if args.num_train_epochs is None:
-        args.num_train_epochs = float(math.ceil(enough / per_epoch))
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+        args.num_train_epochs = 1.0
+        args.num_train_epochs = float(math.ceil(enough / run_steps(trainer)))
+    steps = run_steps(trainer)
     if steps < enough / 2:
         logger.warning(
             f"This run has {steps} optimizer steps, and a bias learns {rows} rows in about {enough} small ones. Leave "

@@ -75,6 +75,12 @@ def random_state_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+def run_steps(trainer: Any) -> int:
+    """The optimizer steps of a trainer's run."""
+    with random_state_kept():
+        return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
 def _short(args: TrainingArguments, steps: int, learning_rate: float) -> TrainingArguments:
     short = copy.copy(args)
     short.max_steps = steps

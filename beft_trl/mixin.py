@@ -21,6 +21,7 @@ from trl import RewardTrainer
 
 from . import report
 from .arguments import arguments_by_name, refuse_arguments
+from .aside import run_steps
 from .checkpoints import (
     check_writable,
     checkpoint_to_resume,
@@ -64,7 +65,7 @@ from .saving import (
     whole_or_nothing,
     write_description,
 )
-from .scoring import ScoringResult, measure_sizes, run_steps, score_biases, score_steps, score_terms
+from .scoring import ScoringResult, measure_sizes, score_biases, score_steps, score_terms
 from .spans import end_backward_below, ranges, sites_in
 from .tuner import (
     ADAPTER_NAME,

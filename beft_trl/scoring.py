@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .aside import random_state_kept, set_aside
+from .aside import set_aside
 from .config import DEFAULT_SCORE_STEPS, default_score_steps
 from .deltas import all_at_zero, gather_deltas, gather_saved_whole, native_biases, restore_saved_whole, set_deltas
 from .importance import LayerScores, TermScores, fisher, importance, magnitude
@@ -108,12 +108,6 @@ def measure_sizes(trainer: Any, deltas: Deltas, steps: int, run: Callable[[], An
     with ScoringProbe(deltas.model, deltas.sites, trainer.accelerator) as probe:
         _train_aside(trainer, deltas, steps, 0.0, run, probe)
     return probe.sizes
-
-
-def run_steps(trainer: Any) -> int:
-    """The optimizer steps of a trainer's run."""
-    with random_state_kept():
-        return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
 def score_steps(asked: int | None, run: int) -> int:

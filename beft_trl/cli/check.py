@@ -16,6 +16,7 @@ from torch import nn
 from trl import SFTTrainer, get_quantization_config
 
 from ..arguments import refuse_push
+from ..aside import run_steps
 from ..checkpoints import check_writable
 from ..compat.models import as_one_device, check_attention, learnt_columns
 from ..config import BeftSFTConfig
@@ -24,7 +25,7 @@ from ..data.rows import prepare_rows
 from ..engines import engine_of, precision_of, refuse_cell
 from ..frozen_cache import reason_against, states_bytes
 from ..layout import BiasSites, find_bias_sites, sites_of_term
-from ..scoring import run_steps, score_steps
+from ..scoring import score_steps
 from ..spans import sites_in
 from ..trainer import BeftSFTTrainer
 from .bases import base_skeleton, check_weights, refuse_missing_model
