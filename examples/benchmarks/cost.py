@@ -85,9 +85,9 @@ def shapes(model: str) -> Iterator[tuple[tuple[str, ...], dict]]:
 def main(arguments: argparse.Namespace) -> None:
     done = {key(line) for line in records.read(arguments.results)}
     for model in arguments.models:
-        chosen = [(QUICK_ARMS, first_shape(model))] if arguments.quick else shapes(model)
+        chosen = [(arguments.arms, first_shape(model))] if arguments.arms else shapes(model)
         for arms, shape in chosen:
-            for turn, arm in itertools.product(range(arguments.turns if arms == ARMS else 1), arms):
+            for turn, arm in itertools.product(range(arguments.turns if shape == first_shape(model) else 1), arms):
                 cell = {"model": model, "arm": arm, **shape, "turn": turn}
                 if key(cell) in done:
                     continue
@@ -112,9 +112,9 @@ def measure_apart(cell: dict) -> dict:
 
 def measure(cell: dict) -> dict:
     set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(
-        cell["model"], num_hidden_layers=cell["layers"], dtype=MODELS[cell["model"]].dtype
-    )
+    # fp32 on a CPU: not all of them compute in 16 bits at the same pace.
+    dtype = MODELS[cell["model"]].dtype if torch.cuda.is_available() else "float32"
+    model = AutoModelForCausalLM.from_pretrained(cell["model"], num_hidden_layers=cell["layers"], dtype=dtype)
     rows = random_rows(cell, model.config.vocab_size)
     measured = measure_loop(cell, model, rows) if cell["arm"] in BARE else measure_trainer(cell, model, rows)
     measured["step_seconds"] = measured["step_seconds"][WARMING_UP:]
@@ -248,7 +248,8 @@ def report_arms(model: str, arms: dict[str, list[dict]]) -> None:
     print("|---|---:|---:|---:|---:|---:|---:|")
     for arm, lines in arms.items():
         step = seconds(lines)
-        of = " | ".join(f"{step / seconds(arms[other]):.3f}" for other in ("floor", "PEFT BEFT"))
+        others = [arms.get(other) for other in ("floor", "PEFT BEFT")]
+        of = " | ".join(f"{step / seconds(other):.3f}" if other else "" for other in others)
         saving = " | "
         if "checkpoint_bytes" in lines[0]:
             saving = f"{lines[0]['checkpoint_bytes']:,} | {median(line['checkpoint_seconds'] for line in lines):.2f}"
@@ -256,7 +257,9 @@ def report_arms(model: str, arms: dict[str, list[dict]]) -> None:
 
 
 def report_scoring(arms: dict[str, list[dict]]) -> None:
-    measured = [line["scoring_seconds"] for line in arms["BEFT"] if "scoring_seconds" in line]
+    measured = [line["scoring_seconds"] for line in arms.get("BEFT", ()) if "scoring_seconds" in line]
+    if not measured or "BEFT all" not in arms:
+        return
     print("\n| run | scoring steps | seconds | share of the run | the paper's run of all biases, times the pass |")
     print("|---:|---:|---:|---:|---:|")
     for steps, score_steps in SCORE_STEPS.items():
@@ -281,6 +284,7 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=FULL_MODELS)
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these, at the first shape")
     parser.add_argument("--quick", action="store_true", help="one shape of models/opt-quick, to see that it works")
     parser.add_argument("--cell", help=argparse.SUPPRESS)  # one run, in this process
     parsed = parser.parse_args()
@@ -289,7 +293,7 @@ if __name__ == "__main__":
         print(json.dumps(measure(json.loads(parsed.cell))))
         sys.exit()
     if parsed.quick:
-        parsed.models, parsed.steps, parsed.turns = [QUICK_MODEL], 5, 1
+        parsed.models, parsed.arms, parsed.steps, parsed.turns = [QUICK_MODEL], QUICK_ARMS, 5, 1
     if not parsed.report:
         main(parsed)
     report(parsed.results)
