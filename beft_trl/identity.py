@@ -30,7 +30,7 @@ WITHOUT_EFFECT = (
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "dataset_num_proc", "gradient_checkpointing",
     "activation_", "torch_compile", "torch_empty_cache_steps", "use_cache", "use_liger_kernel", "tf32",
-    "model_init_kwargs", "trust_remote_code", "bias_term", "bias_layers", "score_",
+    "model_init_kwargs", "trust_remote_code", "bias_term", "bias_layers", "score_", "cache_frozen_layers",
 )  # fmt: skip
 # What a checkpoint must share with a run in any case: its deltas mean nothing on another base.
 FIXED = ("base_files", "base_weights", "quantization")
