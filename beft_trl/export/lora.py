@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
@@ -27,7 +27,7 @@ from ..merge.base import check_fit, find_base, load_model, read_config, refuse_o
 from ..merge.output import check_output, whole_or_nothing
 from ..merge.verify import with_adapter
 from ..tuner import CAUSAL_LM, task_ending
-from ..weight_files import MergeError, read_adapter
+from ..weight_files import DAMAGE, MergeError, first_line, read_adapter
 from .unit_vectors import HELD_OUT, KEPT_TEXTS, UnitVectors, fit_unit_vectors
 
 
@@ -115,8 +115,7 @@ def export_lora(
     check_fit(content.deltas, model, adapter)
     if on_gpu:
         model = model.to(torch.accelerator.current_accelerator())
-    tokenizer = AutoTokenizer.from_pretrained(adapter if (adapter / "tokenizer_config.json").is_file() else folder)
-    encoded = [encode(tokenizer, *text) for text in texts or ()]
+    encoded = _encode(texts, adapter, folder) if texts else []
     identity = xxhash.xxh3_128(json.dumps(identify_base(model, str(folder)), sort_keys=True).encode()).hexdigest()
     file = Path(vectors) if vectors else Path(HF_HOME) / "beft_trl" / f"{identity}.safetensors"
     shared = _shared_vectors(model, sorted(content.deltas), encoded, identity, file)
@@ -134,11 +133,21 @@ def export_lora(
     return report
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], int]:
-    """A text as tokens, and how many of them are its prompt."""
-    start = tokenizer(prompt)["input_ids"]
-    whole = tokenizer(prompt + answer)["input_ids"]
-    return whole, min(len(start), len(whole) - 1)
+def _encode(texts: Sequence[tuple[str, str]], adapter: Path, base: Path) -> list[tuple[list[int], int]]:
+    """The texts as tokens, and how many of them are the prompt; those of a single token are left out."""
+    try:
+        own = (adapter / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if own else base)
+    except DAMAGE as error:
+        raise MergeError(
+            f"The tokenizer in {adapter if own else base} does not load ({first_line(error)}). Put the base's there."
+        ) from error
+    encoded = []
+    for prompt, answer in texts:
+        start, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
+        if len(whole) > 1:
+            encoded.append((whole, min(len(start), len(whole) - 1)))
+    return encoded
 
 
 def _shared_vectors(
