@@ -135,11 +135,14 @@ def merge(
     ] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard-link shards that do not change.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare the logits of both models, which loads them.")] = True,
+    server: Annotated[
+        str, typer.Option("--for", help="What is to serve it: transformers, vllm, sglang, llama.cpp, ollama or mlx.")
+    ] = "transformers",
 ) -> None:
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""
     from ..merge.adapter import merge_adapter
 
-    _tell(merge_adapter(adapter, output, base, output_projection, verify, link))
+    _tell(merge_adapter(adapter, output, base, output_projection, verify, link, server))
 
 
 @app.command()
