@@ -91,6 +91,7 @@ def test_a_beft_layer_of_peft_has_what_ours_sets():
 
 def test_peft_opens_its_models_hook_around_a_forward_pass_and_an_answer():
     opened = source("peft.peft_model")
+    assert "with self.base_model._enable_peft_forward_hooks(*args, **kwargs):" in opened
     assert opened.count("with self._enable_peft_forward_hooks(*args, **kwargs):") >= 2
     assert "adapter_names" in opened and hasattr(BeftModel, "_enable_peft_forward_hooks")
 
