@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .layout import BiasSite, BiasSites, UnsupportedLayoutError, find_bias_sites
     from .merge.adapter import MergeReport, merge_adapter
     from .mixin import BeftTrainerMixin
-    from .mixing import swap_adapter
+    from .mixing import add_adapter, swap_adapter
     from .trainer import BeftSFTTrainer, BeftTrainer
     from .tuner import load_adapter
     from .weight_files import MergeError
@@ -33,6 +33,7 @@ _MODULE_OF = {
     "MergeError": "weight_files",
     "MergeReport": "merge",
     "UnsupportedLayoutError": "layout",
+    "add_adapter": "mixing",
     "export_lora": "export.lora",
     "find_bias_sites": "layout",
     "swap_adapter": "mixing",

@@ -1,4 +1,4 @@
-"""Many adapters over one base: another one for each row of a batch, weighted sums, and a swap in place."""
+"""Many adapters over one base: loaded, swapped, summed, and another one for each row of a batch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +72,33 @@ class MixingBeftModel(BeftModel):
                 layer.beft_bias[adapter_name].data.copy_(torch.stack(parts).sum(0))
 
 
+def add_adapter(model: PeftModel, folder: str, adapter_name: str) -> None:
+    """Loads another adapter, in the time that its own tensors take: the thousandth costs what the second does.
+
+    PEFT's `load_adapter`, to which it falls back, goes over the adapters that are there.
+
+    Args:
+        model (`PeftModel`): with a BEFT adapter.
+        folder (`str`): of the new one, or its name on the hub.
+        adapter_name (`str`): of the new one.
+
+    Raises:
+        ValueError: for a name that is taken, or an adapter of another kind.
+    """
+    if adapter_name in model.peft_config:
+        raise ValueError(f"There is an adapter {adapter_name!r} already: give another name, or use swap_adapter.")
+    config, biases = _read(folder)
+    layers = _layers(model)
+    if any(name not in layers or len(layers[name].beft_bias) == 0 for name in biases):
+        model.load_adapter(folder, adapter_name)
+        return
+    config.inference_mode = True
+    model.peft_config[adapter_name] = config
+    for name, values in biases.items():
+        like = next(iter(layers[name].beft_bias.values()))
+        layers[name].beft_bias[adapter_name] = nn.Parameter(values.to(like), requires_grad=False)
+
+
 def swap_adapter(model: PeftModel, folder: str, adapter_name: str = "default") -> None:
     """Puts the biases of another adapter into one that is loaded, in place: no module is made anew.
 
@@ -83,25 +110,36 @@ def swap_adapter(model: PeftModel, folder: str, adapter_name: str = "default") -
     Raises:
         ValueError: if the other has biases at other modules. The model is then as it was.
     """
-    kind = PeftConfig.from_pretrained(folder).peft_type
-    if str(getattr(kind, "value", kind)) != "BEFT":
-        raise ValueError(f"{folder} is a {getattr(kind, 'value', kind)} adapter: give a BEFT adapter.")
-    loaded = {name.removesuffix(".beft_bias"): values for name, values in load_peft_weights(folder, "cpu").items()}
+    _, biases = _read(folder)
     held = {
-        name.replace(".base_layer", ""): module.beft_bias[adapter_name]
-        for name, module in model.named_modules()
-        if isinstance(module, BeftLayer) and adapter_name in module.beft_bias
+        name: layer.beft_bias[adapter_name]
+        for name, layer in _layers(model).items()
+        if adapter_name in layer.beft_bias
     }
-    other = sorted(name for name in loaded.keys() ^ held.keys())
-    other += sorted(name for name in loaded.keys() & held.keys() if loaded[name].shape != held[name].shape)
+    other = sorted(biases.keys() ^ held.keys())
+    other += sorted(name for name in biases.keys() & held.keys() if biases[name].shape != held[name].shape)
     if other:
         raise ValueError(
             f"{folder} and the adapter {adapter_name!r} have biases at other modules ({other[0]} first): load it as "
-            "another adapter, with load_adapter of the model."
+            "another adapter, with add_adapter."
         )
     with torch.no_grad():
         for name, parameter in held.items():
-            parameter.copy_(loaded[name])
+            parameter.copy_(biases[name])
+
+
+def _read(folder: str) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The configuration of an adapter, and its biases by the path of their module."""
+    config = PeftConfig.from_pretrained(folder)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "BEFT":
+        raise ValueError(f"{folder} is a {kind} adapter: give a BEFT adapter.")
+    weights = load_peft_weights(folder, "cpu")
+    return config, {name.removesuffix(".beft_bias"): values for name, values in weights.items()}
+
+
+def _layers(model: PeftModel) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, BeftLayer)}
 
 
 def _adding(layer: Any, names: Sequence[str]) -> Any:

@@ -142,7 +142,7 @@ def load_adapter(model: nn.Module, folder: str, **kwargs: Any) -> PeftModel:
     """`PeftModel.from_pretrained(model, folder)`, which also takes BEFT adapters of models with `Conv1D` (GPT-2).
 
     The model takes `adapter_names`, another adapter for each row of a batch, and its `base_model` has
-    `add_weighted_adapter`, see [`MixingBeftModel`]. More adapters are loaded by its own `load_adapter`.
+    `add_weighted_adapter`, see [`MixingBeftModel`]. [`add_adapter`] loads more.
 
     Args:
         model: the base model, loaded.

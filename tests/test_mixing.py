@@ -7,7 +7,7 @@ from conftest import make_llama, make_opt
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from beft_trl import find_bias_sites, load_adapter, swap_adapter
+from beft_trl import add_adapter, find_bias_sites, load_adapter, swap_adapter
 from beft_trl.tuner import attach_deltas, delta
 
 
@@ -99,6 +99,24 @@ def test_a_weighted_adapter_is_the_sum_of_the_vectors(tmp_path):
     for arguments in ((["x"], [1.0], "y"), (["a"], [1.0], "b"), (["a"], [1.0, 2.0], "x")):
         with pytest.raises(ValueError, match="adapter"):
             model.base_model.add_weighted_adapter(*arguments)
+
+
+def test_an_added_adapter_is_the_one_that_peft_loads(tmp_path):
+    make_adapters(make_llama, tmp_path, ("value", "query", "value"))
+    tokens = torch.randint(3, 60, (2, 5))
+    model = load_adapter(make_llama(), str(tmp_path / "a")).eval()
+    for name in "bc":  # the query has no layer yet, and the value of layer 0 has one
+        add_adapter(model, str(tmp_path / name), name)
+        model.set_adapter(name)
+        expected = PeftModel.from_pretrained(make_llama(), str(tmp_path / name)).eval()(input_ids=tokens).logits
+        assert torch.equal(model(input_ids=tokens).logits, expected)
+        model.save_pretrained(tmp_path / "saved", selected_adapters=[name])
+        found, own = (
+            load_file(each / "adapter_model.safetensors") for each in (tmp_path / "saved" / name, tmp_path / name)
+        )
+        assert found.keys() == own.keys() and all(torch.equal(found[key], own[key]) for key in own)
+    with pytest.raises(ValueError, match="already"):
+        add_adapter(model, str(tmp_path / "b"), "c")
 
 
 def test_a_swapped_adapter_is_the_other_one_in_the_same_tensors(tmp_path):
