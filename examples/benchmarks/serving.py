@@ -42,7 +42,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     from beft_trl.weight_files import read_adapter
 
     folder, name = arguments.folder, read_adapter(arguments.adapters[0]).base_model
-    texts = read_texts(arguments.rows, arguments.adapters[0], name)
+    rows = read_texts(arguments.rows, arguments.adapters[0], name)
     prompts = [prompt for prompt, _ in read_texts(arguments.prompts, arguments.adapters[0], name)][:PROMPTS]
     tokenizer = AutoTokenizer.from_pretrained(name)
     base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -52,7 +52,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     for number, adapter in enumerate(arguments.adapters):
         merge_adapter(adapter, folder / f"merged-{number}", folder / BASE, server="vllm")
         report = export_lora(
-            adapter, folder / f"lora-{number}", folder / BASE, texts, folder / "vectors.safetensors", force=True
+            adapter, folder / f"lora-{number}", folder / BASE, rows, folder / "vectors.safetensors", force=True
         )
         size = (folder / f"lora-{number}" / "adapter_model.safetensors").stat().st_size
         print(
@@ -61,7 +61,11 @@ def prepare(arguments: argparse.Namespace) -> None:
         )
         plain = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         expected[f"{number}"] = answers(load_adapter(plain, str(adapter)), tokenizer, prompts)
-    (folder / "expected.json").write_text(json.dumps({"ids": ids, "expected": expected}))
+    texts = {
+        model: [tokenizer.decode(each, skip_special_tokens=True) for each in found]
+        for model, found in expected.items()
+    }
+    (folder / "expected.json").write_text(json.dumps({"ids": ids, "expected": expected, "texts": texts}))
 
 
 def answers(model, tokenizer, prompts: list[str]) -> list[list[int]]:
@@ -133,7 +137,7 @@ class served:
 
 
 def tell(what: str, recorded: dict, asked: list[tuple[str, str]], ask) -> None:
-    """Asks every prompt of every model at once, and prints how many have the tokens of Transformers."""
+    """Asks every prompt of every model at once, and prints how many have the tokens of Transformers, or its text."""
     jobs = [(name, model, number) for number in range(len(recorded["ids"])) for name, model in asked]
     with ThreadPoolExecutor(len(jobs)) as pool:
         found = list(pool.map(lambda job: ask(job[1], recorded["ids"][job[2]]), jobs))
@@ -155,16 +159,17 @@ def xllamacpp(arguments: argparse.Namespace) -> None:
     for lora in (None, *sorted(arguments.folder.glob("lora-*.gguf"))):
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(arguments.gguf)
-        parameters.n_ctx = 2048
+        parameters.n_ctx, parameters.n_parallel = 4096, 4
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         if lora is not None:
             adapter = xllamacpp.CommonAdapterLoraInfo()
             adapter.path, adapter.scale = str(lora), 1.0
             parameters.lora_adapters = [adapter]
         server = xllamacpp.Server(parameters)
 
-        def ask(model: str, tokens: list[int], server=server) -> list[int]:
-            body = {"prompt": tokens, "n_predict": NEW_TOKENS, "temperature": 0.0, "return_tokens": True}
-            return server.handle_completions(body)["tokens"]
+        def ask(model: str, tokens: list[int], server=server) -> str:
+            body = {"prompt": tokens, "n_predict": NEW_TOKENS, "temperature": 0.0}
+            return server.handle_completions(body)["choices"][0]["text"]
 
         name = BASE if lora is None else lora.stem.removeprefix("lora-")
         tell("llama.cpp", recorded, [(name, lora.stem if lora else BASE)], ask)
