@@ -142,13 +142,10 @@ def tell(what: str, recorded: dict, asked: list[tuple[str, str]], ask) -> None:
     with ThreadPoolExecutor(len(jobs)) as pool:
         found = list(pool.map(lambda job: ask(job[1], recorded["ids"][job[2]]), jobs))
     for name, model in asked:
-        pairs = [
-            (answer, recorded["expected"][name][job[2]])
-            for job, answer in zip(jobs, found, strict=True)
-            if job[0] == name
-        ]
-        equal = sum(answer == expected[: len(answer)] and bool(answer) for answer, expected in pairs)
-        print(f"{what}: {Path(model).name}: {equal} of {len(pairs)} prompts have the same tokens", flush=True)
+        mine = {job[2]: answer for job, answer in zip(jobs, found, strict=True) if job[0] == name}
+        expected = recorded["texts" if isinstance(mine[0], str) else "expected"][name]
+        equal = sum(bool(answer) and answer == expected[number][: len(answer)] for number, answer in mine.items())
+        print(f"{what}: {Path(model).name}: {equal} of {len(mine)} prompts have the same answer", flush=True)
 
 
 def xllamacpp(arguments: argparse.Namespace) -> None:
