@@ -46,7 +46,7 @@ def test_the_python_snippet_runs(folder):
 def test_every_beft_command_runs(folder):
     """In the README's order, word for word: each needs what those before it have written."""
     commands = re.findall(r"^beft [^#\n]*", README, flags=re.MULTILINE)
-    assert {command.split()[1] for command in commands} == {"check", "score", "train", "info", "merge"}
+    assert {command.split()[1] for command in commands} == {"check", "score", "train", "info", "merge", "eval"}
     for command in commands:
         said = run([str(Path(sys.executable).with_name("beft")), *command.split()[1:]], folder)
         assert said.count("Ranking: ") == (command.split()[1] == "train")  # by one process of all
