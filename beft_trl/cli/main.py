@@ -113,6 +113,40 @@ def train(context: typer.Context, recipe: RecipePath, launch: Launch = None) -> 
     leave(run_train(_parse(recipe, context.args)))
 
 
+@app.command(context_settings=TAKES_OVERRIDES)
+def tune(
+    context: typer.Context,
+    recipe: RecipePath,
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier calls among them.")] = 16,
+    minutes: Annotated[
+        float | None, typer.Option(help="For the search; the winner is trained after them. Default: no limit.")
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Of cross-validation. Default: a quarter of the rows is judged by.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="URL of the study's database. Default: a file in the output folder.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder. Default: output_dir of the recipe with -tuned.")] = None,
+    launch: Launch = None,
+) -> None:
+    """Searches term, layers, rate and steps by the loss on rows that are held back, and trains the winner.
+
+    The test file is for the final figure alone. An interrupted search goes on with the same command.
+    """
+    if launch is not None:
+        from .launch import launch_command
+
+        given = {"--minutes": minutes, "--folds": folds, "--storage": storage, "--output": output}
+        options = [str(part) for name, value in given.items() if value is not None for part in (name, value)]
+        command = ["tune", recipe, "--trials", str(trials), *options, *context.args]
+        raise typer.Exit(subprocess.call(launch_command(launch, command)))
+    from .run import leave
+    from .tune import tune as run_tune
+
+    leave(run_tune(recipe, trials, minutes, folds, storage, output, context.args))
+
+
 @app.command("eval")
 def evaluate(
     targets: Annotated[

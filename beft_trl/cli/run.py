@@ -110,13 +110,16 @@ def train(recipe: Recipe) -> BeftSFTTrainer:
     return trainer
 
 
-def leave(trainer: BeftSFTTrainer) -> None:
+def leave(run: Any) -> None:
     """Ends a process that trained with others on a CPU, when everything is written, and returns in any other.
 
     Gloo's threads may still be letting go of the last collective's tensors. One that asks for the interpreter while
     that shuts down ends the process with SIGABRT, and the launcher calls the run failed: about one in a hundred.
+
+    Args:
+        run: the trainer, or what a search gave, with its `accelerator`.
     """
-    if trainer.accelerator.num_processes > 1 and trainer.accelerator.device.type == "cpu":
+    if run.accelerator.num_processes > 1 and run.accelerator.device.type == "cpu":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
