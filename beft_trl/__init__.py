@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .cli.tune import tune
     from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
     from .importance import BiasScores
     from .layout import BiasSite, BiasSites, UnsupportedLayoutError, find_bias_sites
@@ -34,6 +35,7 @@ _MODULE_OF = {
     "find_bias_sites": "layout",
     "load_adapter": "tuner",
     "merge_adapter": "merge",
+    "tune": "cli.tune",
 }
 __all__ = list(_MODULE_OF)
 

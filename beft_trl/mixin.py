@@ -40,6 +40,7 @@ from .checkpoints import (
 from .compat.adapters import beft_tuner, copy_to_reference
 from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
 from .compat.losses import labelled_tokens_only
+from .compat.models import forget_input_gradients
 from .config import default_score_steps
 from .data.labels import check_tokens, position_limit
 from .data.vocabulary import known_tokens_only
@@ -448,7 +449,7 @@ class BeftTrainerMixin:
         for handle in self._span_ends:
             handle.remove()
         vars(base).pop("peft_config", None)  # PEFT leaves it, and takes the base for one that has an adapter
-        base.disable_input_require_grads()
+        forget_input_gradients(base)
         # The second is its name before Transformers 5.23.
         disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
         if self.args.gradient_checkpointing:

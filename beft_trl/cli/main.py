@@ -135,8 +135,10 @@ def tune(
     The test file is for the final figure alone. An interrupted search goes on with the same command.
     """
     if launch is not None:
-        from .launch import launch_command
+        from .launch import launch_command, launched_engine
+        from .tune import refuse_engine
 
+        refuse_engine(launched_engine(launch)[0])
         given = {"--minutes": minutes, "--folds": folds, "--storage": storage, "--output": output}
         options = [str(part) for name, value in given.items() if value is not None for part in (name, value)]
         command = ["tune", recipe, "--trials", str(trials), *options, *context.args]

@@ -119,13 +119,21 @@ def _check_numbers(trials: Any, minutes: Any, folds: Any) -> None:
         raise ValueError(f"folds={folds!r} leaves nothing to judge by: give at least 2, or leave it out.")
 
 
-def _refuse(args: Any) -> None:
-    engine = engine_of(args)
+def refuse_engine(engine: str) -> None:
+    """Raises ValueError for an engine that has to be built again for each trial.
+
+    Args:
+        engine: name in `engines.ENGINES`.
+    """
     if engine not in TUNE_ENGINES:
         raise ValueError(
             f"beft tune runs in one process or under DDP, and this is {ENGINES[engine]}, whose engine would have to "
             "be built again for each trial. Use --launch ddp, or train the settings one by one with beft train."
         )
+
+
+def _refuse(args: Any) -> None:
+    refuse_engine(engine_of(args))
     if args.packing or args.padding_free:
         name = "packing" if args.packing else "padding_free"
         raise ValueError(

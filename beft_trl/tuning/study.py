@@ -169,7 +169,9 @@ class Search:
         return late or sum(record.state in ("done", "pruned") for record in records) >= trials
 
     def _enqueue_first(self) -> None:
-        optuna.storages.fail_stale_trials(self.study)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "experimental" since Optuna 2.9
+            optuna.storages.fail_stale_trials(self.study)
         there = [
             record.settings for record in self.records() if record.state in ("done", "pruned", "running", "waiting")
         ]
