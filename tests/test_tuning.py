@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_cli import beft  # noqa: F401, a fixture
 from torch.nn import functional
 
-from beft_trl import BeftSFTConfig, BeftSFTTrainer, tune
+from beft_trl import BeftSFTConfig, BeftSFTTrainer, find_bias_sites, tune
 from beft_trl.deltas import gather_deltas
 from beft_trl.evaluation import RowLoss
 
@@ -145,8 +145,6 @@ def test_the_spread_is_that_of_the_difference():
 
 def space():
     default = Settings("value", "upper", 0.05, 400)
-    from beft_trl import find_bias_sites
-
     return space_around(default, ["value", "key", "query"], find_bias_sites(make_llama(num_hidden_layers=6)))
 
 
@@ -159,8 +157,6 @@ def test_the_space_is_around_the_recipe_and_begins_with_it():
     assert found.steps == (200, 400, 800)
     assert found.rates == pytest.approx((0.01, 0.25))
     sites = make_llama()
-    from beft_trl import find_bias_sites
-
     fixed = space_around(Settings("key", "1", 0.05, 3), [], find_bias_sites(sites))
     assert fixed.terms == ("key",) and fixed.layers == ("1", "all")  # the upper half of two layers is layer 1
 

@@ -87,18 +87,7 @@ def open_study(storage: str, about: dict[str, Any], seed: int) -> Any:
         ValueError: for a URL that is no database, or a study of something else.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # heartbeats are "experimental"
-            database = optuna.storages.RDBStorage(
-                storage, engine_kwargs=engine, heartbeat_interval=HEARTBEAT, grace_period=4 * HEARTBEAT
-            )
-    except Exception as error:  # SQLAlchemy's drivers raise whatever they do
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"storage={storage!r} cannot be opened as a database: {reason}. Give a URL such as sqlite:///study.db."
-        ) from error
+    database = _database(storage)
     study = optuna.create_study(
         storage=database,
         study_name=STUDY_NAME,
@@ -116,6 +105,26 @@ def open_study(storage: str, about: dict[str, Any], seed: int) -> Any:
             "or --storage, or what it was begun with."
         )
     return study
+
+
+def _database(storage: str) -> Any:
+    engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
+    tries = 3  # another process may be making its tables
+    for number in range(1, tries + 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # heartbeats are "experimental"
+                return optuna.storages.RDBStorage(
+                    storage, engine_kwargs=engine, heartbeat_interval=HEARTBEAT, grace_period=4 * HEARTBEAT
+                )
+        except Exception as error:  # SQLAlchemy's drivers raise whatever they do
+            if number == tries:
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise ValueError(
+                    f"storage={storage!r} cannot be opened as a database: {reason}. Give a URL such as "
+                    "sqlite:///study.db."
+                ) from error
+            time.sleep(number)
 
 
 class Search:
@@ -152,8 +161,7 @@ class Search:
                     self.bench.run(settings, self.folder, lambda step, loss: None)
             return
         seed = self.bench.args.seed
-        self._enqueue_first()
-        while not self._over(trials, deadline):
+        while self._goes_on(trials, deadline):
             # Another seed for each: a study that goes on, or another process, would draw what was drawn before.
             self.study.sampler = optuna.samplers.TPESampler(
                 n_startup_trials=RANDOM_TRIALS, seed=seed + 7919 * len(self.study.trials)
@@ -161,23 +169,32 @@ class Search:
             self.study.optimize(lambda trial: self._objective(trial, deadline), n_trials=1, catch=(OutOfTime,))
         self.bench.together(None)
 
-    def _over(self, trials: int, deadline: float | None) -> bool:
-        records = self.records()
-        if not any(record.state == "done" and record.settings == self.space.default for record in records):
-            return False  # what the others are compared to
-        late = deadline is not None and time.monotonic() > deadline
-        return late or sum(record.state in ("done", "pruned") for record in records) >= trials
+    def _goes_on(self, trials: int, deadline: float | None) -> bool:
+        """Whether there is another trial to run, with those before the sampler's in the queue.
 
-    def _enqueue_first(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "experimental" since Optuna 2.9
-            optuna.storages.fail_stale_trials(self.study)
-        there = [
-            record.settings for record in self.records() if record.state in ("done", "pruned", "running", "waiting")
-        ]
-        for settings in self.space.first():
-            if settings not in there:
-                self.study.enqueue_trial(settings._asdict())
+        Nothing ends before the default is done, which the others are compared to. One that another process runs is
+        waited for; if that process is dead, the trial is given up after some heartbeats, and begun again here.
+        """
+        while True:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "experimental" since Optuna 2.9
+                optuna.storages.fail_stale_trials(self.study)
+            records = self.records()
+            over = (deadline is not None and time.monotonic() > deadline) or (
+                sum(record.state in ("done", "pruned") for record in records) >= trials
+            )
+            states: dict[Settings, set[str]] = {}
+            for record in records:
+                states.setdefault(record.settings, set()).add(record.state)
+            for settings in [self.space.default] if over else self.space.first():
+                if not states.get(settings, set()) & {"done", "pruned", "running", "waiting"}:
+                    self.study.enqueue_trial(settings._asdict())
+            default = states.get(self.space.default, set())
+            if not over or "done" in default:
+                return not over
+            if "running" not in default:
+                return True
+            time.sleep(1)
 
     def _objective(self, trial: Any, deadline: float | None) -> float:
         settings = self.space.suggest(trial)
