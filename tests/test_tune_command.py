@@ -195,7 +195,7 @@ def test_a_default_that_a_dead_process_was_at_is_begun_again(project, tmp_path, 
     assert tuned.choice.default.number > 0
 
 
-def test_processes_share_a_study(beft, project, tmp_path):
+def test_processes_share_a_study(beft, project, tmp_path):  # noqa: F811
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
     common = ["--trials", "8", "--storage", storage, "--bias_term", "value", "--folds", "2", "--max_steps", "8"]
     command = [BEFT, "tune", project / "recipe.yaml", "--output", tmp_path / "a", *common]
