@@ -11,6 +11,7 @@ from conftest import full_batch, make_llama, make_opt, make_rows, make_tokenizer
 from safetensors.torch import load_file
 from test_cli import beft  # noqa: F401, a fixture
 from torch.nn import functional
+from transformers import BitsAndBytesConfig
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer, find_bias_sites, tune
 from beft_trl.deltas import gather_deltas
@@ -21,7 +22,7 @@ pytest.importorskip("optuna")
 from beft_trl.tuning.judge import compare  # noqa: E402
 from beft_trl.tuning.outcome import choose  # noqa: E402
 from beft_trl.tuning.space import Settings, space_around  # noqa: E402
-from beft_trl.tuning.split import split_rows  # noqa: E402
+from beft_trl.tuning.split import Fold, split_rows  # noqa: E402
 from beft_trl.tuning.study import Record, Soup  # noqa: E402
 from beft_trl.tuning.trials import Bench, Stopped  # noqa: E402
 
@@ -306,3 +307,31 @@ def test_a_mean_is_judged_with_its_biases_in_the_model(make_bench, tmp_path):
         model.get_submodule(site.module).bias.data += values
     expected = independent_loss(model, class_rows(24).select(bench.folds[0].development))
     assert sum(row.nll for row in rows) / sum(row.tokens for row in rows) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_a_trial_on_a_quantised_base_is_an_ordinary_run(tmp_path, bits):
+    """Which TRL takes otherwise if it is loaded already: it would train in 16 bits, or quantise again."""
+    pytest.importorskip("bitsandbytes")
+    make_llama(num_hidden_layers=4, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    rows = class_rows(16)
+
+    def trainer(name, settings):
+        found = {"bias_term": settings.term, "bias_layers": settings.layers, "relative_learning_rate": settings.rate}
+        changes = {"max_steps": settings.steps, "cache_frozen_layers": False}
+        args = BeftSFTConfig(str(tmp_path / name), **{**SETTINGS, **found, **changes})
+        quantization = BitsAndBytesConfig(**{f"load_in_{bits}": True})
+        return BeftSFTTrainer(
+            str(tmp_path / "base"), args, train_dataset=rows, processing_class=make_tokenizer(),
+            quantization_config=quantization,
+        )  # fmt: skip
+
+    bench = Bench(trainer("bench", TRIALS[0]), [Fold(list(range(12)), [12, 13, 14, 15])])
+    for number, settings in enumerate(TRIALS[:2]):
+        (found,) = bench.run(settings, tmp_path / "trials", never).deltas
+        rows = class_rows(16).select(range(12))
+        run = trainer(str(number), settings)
+        run.train()
+        for site, values in gather_deltas(run.model, run._deltas.sites).items():
+            assert found[site].dtype == torch.float32
+            torch.testing.assert_close(found[site], values, rtol=1e-4, atol=1e-6)
