@@ -81,7 +81,8 @@ def tune(
 
     Raises:
         ImportError: without Optuna.
-        OSError, ValueError: for what cannot be searched, before any weight is loaded.
+        OSError, ValueError: for what cannot be searched, of a recipe before any weight is loaded; for a study of
+            something else.
     """
     _check_numbers(trials, minutes, folds)
     parsed: Recipe | None = None
@@ -106,7 +107,9 @@ def tune(
     if parsed is not None:
         check_base(parsed)
         parsed.training.output_dir = str(folder)
-        trainer = build_trainer(parsed, load_data(parsed))
+        data = load_data(parsed)
+        _check_rows(data.train, folds)
+        trainer = build_trainer(parsed, data)
     return _tune(trainer, folder, values, trials, minutes, folds, storage)
 
 
@@ -144,6 +147,12 @@ def _refuse(args: Any) -> None:
         raise ValueError("resume_from_checkpoint is of one run. A search goes on by itself: leave it out.")
 
 
+def _check_rows(rows: Any, folds: int | None) -> None:
+    if not isinstance(rows, Dataset):
+        raise ValueError("The rows are a stream, of which none can be set aside to judge by: leave streaming out.")
+    split_rows(range(len(rows)), folds, 0)  # says if they are too few
+
+
 def _refuse_used(trainer: BeftSFTTrainer) -> None:
     if trainer.bias_scores is not None or trainer.state.global_step:
         raise ValueError("The trainer has trained already. Give one that has not: its base is taken for the trials.")
@@ -168,8 +177,7 @@ def _tune(
     folds: int | None,
     storage: str | None,
 ) -> Tuned:
-    if not isinstance(trainer.train_dataset, Dataset):
-        raise ValueError("The rows are a stream, of which none can be set aside to judge by: leave streaming out.")
+    _check_rows(trainer.train_dataset, folds)
     main = trainer.accelerator.is_main_process
     args, asked = trainer.args, trainer.args.bias_term
     steps = run_steps(trainer)
