@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cli.tune import tune
     from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
+    from .export.lora import export_lora
     from .importance import BiasScores
     from .layout import BiasSite, BiasSites, UnsupportedLayoutError, find_bias_sites
     from .merge.adapter import MergeReport, merge_adapter
     from .mixin import BeftTrainerMixin
+    from .mixing import add_adapter, swap_adapter
     from .trainer import BeftSFTTrainer, BeftTrainer
     from .tuner import load_adapter
     from .weight_files import MergeError
@@ -32,7 +34,10 @@ _MODULE_OF = {
     "MergeError": "weight_files",
     "MergeReport": "merge",
     "UnsupportedLayoutError": "layout",
+    "add_adapter": "mixing",
+    "export_lora": "export.lora",
     "find_bias_sites": "layout",
+    "swap_adapter": "mixing",
     "load_adapter": "tuner",
     "merge_adapter": "merge",
     "tune": "cli.tune",

@@ -9,8 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .compat.adapters import BeftConfig, BeftLayer, beft_tuner, set_targets
+from .compat.adapters import BeftConfig, BeftLayer, BeftModel, beft_tuner, set_targets
 from .layout import BiasSite
+from .mixing import MixingBeftModel
 
 
 ADAPTER_NAME = "default"
@@ -140,13 +141,19 @@ def adopt_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> list[BiasSite]:
 def load_adapter(model: nn.Module, folder: str, **kwargs: Any) -> PeftModel:
     """`PeftModel.from_pretrained(model, folder)`, which also takes BEFT adapters of models with `Conv1D` (GPT-2).
 
+    The model takes `adapter_names`, another adapter for each row of a batch, and its `base_model` has
+    `add_weighted_adapter`, see [`MixingBeftModel`]. [`add_adapter`] loads more.
+
     Args:
         model: the base model, loaded.
         folder: an adapter's folder, or its name on the hub.
         kwargs: whatever `PeftModel.from_pretrained` takes.
     """
     with beft_tuner():
-        return PeftModel.from_pretrained(model, folder, **kwargs)
+        loaded = PeftModel.from_pretrained(model, folder, **kwargs)
+    if isinstance(loaded.base_model, BeftModel):
+        loaded.base_model.__class__ = MixingBeftModel
+    return loaded
 
 
 class Deltas:

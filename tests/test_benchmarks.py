@@ -22,7 +22,7 @@ def quick(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # which the scripts exchange: put back afterwards
 
     def run(script: str) -> tuple[str, list[dict]]:
-        results = [] if script == "pretrain_opt" else ["--results", f"{script}.jsonl"]
+        results = [] if script in ("pretrain_opt", "adapters") else ["--results", f"{script}.jsonl"]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", "--quick", *results])
         runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
         lines = Path(results[1]).read_text().splitlines() if results else []
@@ -65,6 +65,9 @@ def test_suite(quick):
     assert all(line["machine"] and line["versions"] and line["peak_bytes"] > 0 for line in lines)
     assert next(line for line in lines if line["arm"] == "BEFT")["scoring_seconds"]["5"] > 0
     assert "| PEFT BEFT |" in report and "| 1000 steps |" in report
+
+    report, _ = quick("adapters")
+    assert all(f"| {count} | 16 | {kind} |" in report for count in (1, 4) for kind in ("BEFT", "LoRA"))
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,21 @@ def test_check_finds_what_the_run_will_do(beft, project, tmp_path):
     assert "12 optimizer steps, and before them 2 x 2 of scoring, 25.0% of all" in run.stdout
 
 
+def test_check_says_what_the_frozen_layers_take_or_why_they_are_computed_again(beft, project):
+    check = ["check", project / "recipe.yaml", "--bias_layers", "upper"]
+    run = beft(*check, "--json", "--num_train_epochs", "20")
+    found = json.loads(run.stdout)
+    tokenizer = make_tokenizer()
+    tokens = sum(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 for row in make_rows(48))
+    assert (found["frozen_states"], found["frozen_computed"]) == (tokens * 32 * 4, None)
+    assert "once for each row" in beft(*check).stdout
+    said = "no frozen layers below"
+    assert said in json.loads(beft("check", project / "recipe.yaml", "--json").stdout)["frozen_computed"]
+    assert "ZeRO-3" in beft(*check, "--launch", "zero3").stdout
+    refused = beft("check", project / "recipe.yaml", "--cache_frozen_layers", "true")
+    assert refused.returncode == 1 and said in refused.stdout
+
+
 def test_check_names_every_problem_at_once(beft, project, tmp_path):
     make_opt().save_pretrained(tmp_path / "opt")
     make_tokenizer().save_pretrained(tmp_path / "opt")

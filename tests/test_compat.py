@@ -89,6 +89,13 @@ def test_a_beft_layer_of_peft_has_what_ours_sets():
     assert isinstance(layer, BeftLayer) and callable(BeftModel._create_new_module)
 
 
+def test_peft_opens_its_models_hook_around_a_forward_pass_and_an_answer():
+    opened = source("peft.peft_model")
+    assert "with self.base_model._enable_peft_forward_hooks(*args, **kwargs):" in opened
+    assert opened.count("with self._enable_peft_forward_hooks(*args, **kwargs):") >= 2
+    assert "adapter_names" in opened and hasattr(BeftModel, "_enable_peft_forward_hooks")
+
+
 def test_peft_names_the_targets_of_a_tuner():
     model = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
     assert all(name.endswith("q_proj") for name in model.base_model.targeted_module_names)

@@ -299,6 +299,15 @@ def test_a_quantised_base_is_cached_too(make_trainer, tmp_path, quantization):
     assert_same(found, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_states_are_in_pinned_memory_and_the_losses_those_without(make_trainer):
+    found, expected = with_and_without(make_trainer, MODELS["llama"], use_cpu=False, bf16=True)
+    assert found._frozen_cache.batches["skipped"] >= 7
+    assert all(kept.states.is_pinned() for kept in found._frozen_cache._kept.values())
+    assert_same(found, expected, tolerance=1e-3)
+
+
 REFUSED = {
     "no frozen layers": ({"bias_layers": "all"}, {}),
     "neftune_noise_alpha=5": ({"neftune_noise_alpha": 5}, {}),

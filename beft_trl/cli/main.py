@@ -204,11 +204,42 @@ def merge(
     ] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard-link shards that do not change.")] = False,
     verify: Annotated[bool, typer.Option(help="Compare the logits of both models, which loads them.")] = True,
+    server: Annotated[
+        str, typer.Option("--for", help="What is to serve it: transformers, vllm, sglang, llama.cpp, ollama or mlx.")
+    ] = "transformers",
 ) -> None:
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""
     from ..merge.adapter import merge_adapter
 
-    _tell(merge_adapter(adapter, output, base, output_projection, verify, link))
+    _tell(merge_adapter(adapter, output, base, output_projection, verify, link, server))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, of this package or of plain PEFT.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the base model. Default: what the adapter names.")
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="A few hundred rows like those of the run. Not needed if the vectors of the base are kept."),
+    ] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="File that keeps the base's vectors. Default: in the cache of the hub.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write it though it is too far off.")] = False,
+) -> None:
+    """Writes the adapter as an ordinary LoRA of rank 1, for servers that apply LoRAs: vLLM, SGLang, llama.cpp."""
+    with _quiet():
+        from ..export.lora import export_lora
+        from .export import export_report, read_texts
+
+        texts = read_texts(rows, adapter, base) if rows is not None else None
+        report = export_lora(adapter, output, base, texts, vectors, force)
+    console = Console(highlight=False)
+    for part in export_report(report):
+        console.print(part)
 
 
 @click.command("merge-beft")

@@ -1,7 +1,7 @@
 """What PEFT and TRL keep to themselves."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -21,7 +21,16 @@ except ImportError as error:
     ) from error
 
 
-__all__ = ["BeftConfig", "BeftLayer", "Conv1DWithDelta", "beft_tuner", "copy_to_reference", "set_targets"]
+__all__ = [
+    "BeftConfig",
+    "BeftLayer",
+    "BeftModel",
+    "Conv1DWithDelta",
+    "beft_tuner",
+    "copy_to_reference",
+    "set_targets",
+    "switched_off",
+]
 
 REFERENCE_NAME = "ref"  # TRL's name for a frozen copy of the adapter
 METRICS = ("_metrics", "_logs")  # how the names of the containers end that TRL's trainers fill in place
@@ -65,6 +74,20 @@ def beft_tuner() -> Iterator[None]:
             yield
     finally:
         BeftModel._create_new_module = staticmethod(create)  # type: ignore[method-assign]
+
+
+@contextmanager
+def switched_off(layers: Iterable[Any]) -> Iterator[None]:
+    """Inside, BEFT layers give what their base layers give (PEFT 0.21, `_disable_adapters`)."""
+    layers = list(layers)
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state
 
 
 def set_targets(model: Any, adapter_name: str, modules: list[str]) -> None:

@@ -32,6 +32,7 @@ from .output import (
     write_config,
 )
 from .placement import place
+from .servers import TRANSFORMERS, not_read
 from .verify import (
     compare_logits,
     dtypes_of,
@@ -50,6 +51,7 @@ def merge_adapter(
     output_projection: bool = False,
     verify: bool = True,
     link: bool = False,
+    server: str = TRANSFORMERS,
 ) -> MergeReport:
     """Writes a Transformers checkpoint that has the adapter's deltas in its biases and needs neither PEFT nor this
     package.
@@ -72,6 +74,8 @@ def merge_adapter(
             compare their logits.
         link (`bool`, *optional*, defaults to `False`): hard-link the shards that do not change, instead of copying
             them.
+        server (`str`, *optional*, defaults to `"transformers"`): that is to serve it, see [`servers.SERVERS`]. Zeros
+            that it does not read are left out, and biases that it would pass over are refused.
 
     Returns:
         `MergeReport`: what was changed, by what rule, and how far the logits are.
@@ -112,15 +116,17 @@ def merge_adapter(
     check_fit(content.deltas, skeleton, adapter)
     plan = place(content.deltas, config, skeleton, sites, checkpoint, output_projection)
 
+    left_out = not_read(server, plan.config.model_type, skeleton, sites, plan.create)
+    create = {path: values for path, values in plan.create.items() if path not in left_out}
     report.rule = plan.rule
     with whole_or_nothing(output) as partial:
         copy_files(files, partial)
         _check_tokenizer(partial, plan.config, _embedding_rows(skeleton, checkpoint), adapter)
         loaded_in = config.dtype if isinstance(config.dtype, torch.dtype) else None
-        written = checkpoint.copy_with(plan.add, plan.create, partial, link, loaded_in)
+        written = checkpoint.copy_with(plan.add, create, partial, link, loaded_in)
         report.changed, report.added, report.base_hashes, dtypes = written
         if verify:
-            compare_logits(content, adapter, base_folder, config, partial, plan.config, report, dtypes)
+            compare_logits(content, adapter, base_folder, config, partial, plan.config, report, dtypes, left_out)
         write_card(partial, adapter, base_folder, report)
         write_config(plan.config, base_folder, partial)
     return report

@@ -5,8 +5,9 @@ python examples/benchmarks/cost.py --report    # the tables of what is in the fi
 
 Rows are random tokens, of which the last quarter counts for the loss: time and memory do not depend on their values.
 Each run is a process of its own, the arms take turns, and the tables give ratios, since seconds on a shared machine
-say little. The arms run in `trl.SFTTrainer`, but for two: `floor` and `bare loop` are loops over the batches, of a
-frozen forward and backward pass and of PEFT's BEFT. All have TRL's loss, only on the labelled tokens, as on a GPU.
+say little: on a CPU they are those of the process itself. The arms run in `trl.SFTTrainer`, but for two: `floor` and
+`bare loop` are loops over the batches, of a frozen forward and backward pass and of PEFT's BEFT. All have TRL's loss,
+only on the labelled tokens, as on a GPU.
 """
 
 import argparse
@@ -210,9 +211,11 @@ class Stopwatch(TrainerCallback):
 
 
 def now() -> float:
+    """Seconds of the clock on a GPU; on a CPU those of this process in all its threads, without what others take."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def by_shape(results: Path) -> dict[tuple, dict[str, list[dict]]]:

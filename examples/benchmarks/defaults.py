@@ -119,8 +119,9 @@ def report(results) -> None:
                 told += [f"({records.spread(losses, 3)})"] if losses else []
                 cells.append(" ".join(told))
             last = by_rows[max(by_rows)]
-            seconds = median(line["seconds"] for line in last)
-            print(f"| {arm} | {last[0]['trainable']:,} | {' | '.join(cells)} | {last[0]['steps']} | {seconds:.0f} |")
+            measured = [line["seconds"] for line in last if line["seconds"] is not None]  # not of interrupted runs
+            seconds = f"{median(measured):.0f}" if measured else ""
+            print(f"| {arm} | {last[0]['trainable']:,} | {' | '.join(cells)} | {last[0]['steps']} | {seconds} |")
 
 
 if __name__ == "__main__":

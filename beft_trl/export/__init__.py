@@ -1,0 +1,1 @@
+"""Forms of an adapter for servers that know no bias: a LoRA of rank 1."""

@@ -1,0 +1,296 @@
+"""An adapter as an ordinary PEFT LoRA of rank 1, for servers that apply LoRAs and know no bias."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from huggingface_hub.constants import HF_HOME
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+
+from ..identity import identify_base
+from ..layout import find_bias_sites
+from ..merge.base import check_fit, find_base, load_model, read_config, refuse_other_shapes
+from ..merge.output import check_output, whole_or_nothing
+from ..merge.verify import with_adapter
+from ..tuner import CAUSAL_LM, task_ending
+from ..weight_files import DAMAGE, MergeError, first_line, read_adapter
+from .unit_vectors import HELD_OUT, KEPT_TEXTS, UnitVectors, fit_unit_vectors
+
+
+# What an export may be off by: of the vectors in any layer, on texts that were not fitted, and of the loss in nats.
+LARGEST_ERROR, LARGEST_LOSS = 0.1, 0.02
+NEW_TOKENS = 8
+REPORT_FILE = "beft_export.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_lora` wrote, and how far it is from the adapter.
+
+    Attributes:
+        output: folder of the LoRA.
+        vectors: file of the vectors that all adapters of this base share.
+        exact: whether every vector follows from a LayerNorm.
+        errors: root mean square of `a.x - 1` by the path of the projection, on texts that were not fitted.
+        difference: largest difference of a logit over the texts, relative to the largest logit.
+        equal_answers, answers: how many of the prompts have the same greedy tokens.
+        loss, original_loss: nats for a token of what comes after the prompts, of the LoRA and of the adapter.
+    """
+
+    output: str
+    vectors: str
+    exact: bool
+    errors: dict[str, float]
+    difference: float
+    equal_answers: int
+    answers: int
+    loss: float
+    original_loss: float
+
+
+def export_lora(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    texts: Sequence[tuple[str, str]] | None = None,
+    vectors: str | Path | None = None,
+    force: bool = False,
+) -> ExportReport:
+    """Writes a LoRA of rank 1 that gives the model of base and adapter: `B` is the bias, `A` a vector with `A x = 1`.
+
+    After a LayerNorm such a vector exists. After an RMSNorm it is fitted to `texts`, once for a base model: it is kept
+    in `vectors`, and later adapters of that base need no texts.
+
+    Args:
+        adapter (`str` or `Path`): folder of the adapter, this package's or plain PEFT's.
+        output (`str` or `Path`): folder to write, new or empty.
+        base (`str` or `Path`, *optional*): folder of the base model, or its name on the hub; by default the one that
+            the adapter names.
+        texts (`Sequence[tuple[str, str]]`, *optional*): prompts with their answers, or texts cut in two, a few
+            hundred of the adapter's task. Every fourth is not fitted, and 32 of these are what loss and answers are
+            measured on.
+        vectors (`str` or `Path`, *optional*): the file that keeps the vectors. Default: one in the cache of the hub,
+            named by the base.
+        force (`bool`, *optional*, defaults to `False`): write it although it is off by more than `LARGEST_ERROR` or
+            `LARGEST_LOSS`.
+
+    Returns:
+        `ExportReport`: how far the LoRA is from the adapter.
+
+    Raises:
+        MergeError: if adapter and base do not fit or are damaged, there are no texts, or the LoRA is too far off.
+    """
+    adapter, output = Path(adapter), Path(output)
+    check_output(output)
+    content = read_adapter(adapter)
+    if content.saved_whole:
+        raise MergeError(
+            f"{adapter} holds modules that were trained whole ({min(content.saved_whole)} first), which a LoRA of "
+            "rank 1 cannot be. Merge it: beft merge."
+        )
+    folder = find_base(base or content.base_model)
+    config = read_config(folder)
+    on_gpu = torch.accelerator.is_available()
+    dtype: Any = "auto" if on_gpu else torch.float32
+    model, loading = load_model(folder, config, dtype=dtype)
+    refuse_other_shapes(loading, folder, model)
+    if task_ending(model) != CAUSAL_LM:
+        raise MergeError(
+            f"{type(model).__name__} does not generate text, and what is exported is for servers of text."
+        )
+    check_fit(content.deltas, model, adapter)
+    if on_gpu:
+        model = model.to(torch.accelerator.current_accelerator())
+    encoded = _encode(texts, adapter, folder) if texts else []
+    identity = xxhash.xxh3_128(json.dumps(identify_base(model, str(folder)), sort_keys=True).encode()).hexdigest()
+    file = Path(vectors) if vectors else Path(HF_HOME) / "beft_trl" / f"{identity}.safetensors"
+    shared = _shared_vectors(model, sorted(content.deltas), encoded, identity, file)
+    tried = encoded[::HELD_OUT][:KEPT_TEXTS] or shared.texts
+    with whole_or_nothing(output) as partial:
+        _write(partial, content.deltas, shared, model, content.base_model or str(folder))
+        found = _behaviour(_loaded(copy.deepcopy(model), partial, content.deltas), tried)
+        expected = _behaviour(with_adapter(model, adapter, content), tried)
+        report = _compare(found, expected, tried, str(output), str(file), shared, content.deltas)
+        if not force:
+            _refuse(report)
+        record = {name: value for name, value in asdict(report).items() if name not in ("output", "vectors")}
+        (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(_card(report, adapter, folder), encoding="utf-8")
+    return report
+
+
+def _encode(texts: Sequence[tuple[str, str]], adapter: Path, base: Path) -> list[tuple[list[int], int]]:
+    """The texts as tokens, and how many of them are the prompt; those of a single token are left out."""
+    try:
+        own = (adapter / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if own else base)
+    except DAMAGE as error:
+        raise MergeError(
+            f"The tokenizer in {adapter if own else base} does not load ({first_line(error)}). Put the base's there."
+        ) from error
+    encoded = []
+    for prompt, answer in texts:
+        start, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
+        if len(whole) > 1:
+            encoded.append((whole, min(len(start), len(whole) - 1)))
+    return encoded
+
+
+def _shared_vectors(
+    model: Any, needed: list[str], texts: list[tuple[list[int], int]], identity: str, file: Path
+) -> UnitVectors:
+    if file.exists():
+        kept = UnitVectors.load(file)
+        if kept.base != identity:
+            raise MergeError(f"{file} holds the vectors of another base model. Name another file.")
+        if set(needed) <= kept.vectors.keys():
+            return kept
+    if not texts:
+        raise MergeError(
+            f"No vectors are kept for this base yet ({file}), and they are fitted to text. Give a few hundred rows, "
+            "such as those of the run: --rows FILE."
+        )
+    modules = sorted({site.module for site in find_bias_sites(model)} | set(needed))
+    found = fit_unit_vectors(model, modules, texts, identity)
+    found.save(file)
+    return found
+
+
+def _write(folder: Path, deltas: dict[str, Tensor], shared: UnitVectors, model: Any, base: str) -> None:
+    tensors = {}
+    for path, delta in deltas.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = shared.vectors[path][None].contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = delta[:, None].contiguous()
+    transposed = {isinstance(model.get_submodule(path), Conv1D) for path in deltas}
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+        r=1,
+        lora_alpha=1,
+        fan_in_fan_out=transposed == {True},
+        inference_mode=True,
+        **_targets(list(deltas)),
+    )
+    save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _targets(paths: list[str]) -> dict[str, Any]:
+    """Names of modules and numbers of layers, which servers read, or whole paths where these do not tell."""
+    found = [re.fullmatch(r"(?:.*\.)?(\w+)\.(\d+)\..*?(\w+)", path) for path in paths]
+    lists = {match[1] for match in found if match}
+    if len(lists) != 1 or None in found:
+        return {"target_modules": sorted(paths)}
+    return {
+        "target_modules": sorted({match[3] for match in found if match}),
+        "layers_to_transform": sorted({int(match[2]) for match in found if match}),
+        "layers_pattern": lists.pop(),
+    }
+
+
+def _loaded(base: Any, folder: Path, deltas: dict[str, Tensor]) -> PeftModel:
+    """The LoRA as PEFT loads it, with a layer for each delta and no other."""
+    model = PeftModel.from_pretrained(base, str(folder))
+    layers = {
+        name.removeprefix("base_model.model.") for name, each in model.named_modules() if isinstance(each, LoraLayer)
+    }
+    stored = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in get_peft_model_state_dict(model)}
+    if not layers == stored == set(deltas):
+        other = min(layers ^ set(deltas))
+        raise MergeError(
+            f"A LoRA cannot name the projections of this adapter without {other}: neither the end of a name nor its "
+            "layer tells them apart. Merge the adapter instead: beft merge."
+        )
+    return model
+
+
+@torch.no_grad()
+def _behaviour(model: Any, texts: list[tuple[list[int], int]]) -> list[tuple[Tensor, Tensor]]:
+    """For each text the logits at the tokens after its prompt, and the greedy tokens after it."""
+    model.eval()
+    found = []
+    for tokens, prompt in texts:
+        given = torch.tensor([tokens], device=model.device)
+        logits = model(input_ids=given).logits[0, max(prompt - 1, 0) : -1].float().cpu()
+        answer = model.generate(
+            input_ids=given[:, : max(prompt, 1)], attention_mask=torch.ones_like(given[:, : max(prompt, 1)]),
+            max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=model.generation_config.pad_token_id or 0,
+        )  # fmt: skip
+        found.append((logits, answer[0].cpu()))
+    return found
+
+
+def _compare(
+    found: list[tuple[Tensor, Tensor]],
+    expected: list[tuple[Tensor, Tensor]],
+    texts: list[tuple[list[int], int]],
+    output: str,
+    file: str,
+    shared: UnitVectors,
+    deltas: dict[str, Tensor],
+) -> ExportReport:
+    labels = torch.cat([torch.tensor(tokens[max(prompt, 1) :]) for tokens, prompt in texts])
+    mine, theirs = torch.cat([each[0] for each in found]), torch.cat([each[0] for each in expected])
+    return ExportReport(
+        output=output,
+        vectors=file,
+        exact=shared.exact >= deltas.keys(),
+        errors={path: shared.errors[path] for path in deltas},
+        difference=((mine - theirs).abs().max() / theirs.abs().max()).item(),
+        equal_answers=sum(torch.equal(mine[1], theirs[1]) for mine, theirs in zip(found, expected, strict=True)),
+        answers=len(texts),
+        loss=functional.cross_entropy(mine, labels).item(),
+        original_loss=functional.cross_entropy(theirs, labels).item(),
+    )
+
+
+def _refuse(report: ExportReport) -> None:
+    path = max(report.errors, key=report.errors.__getitem__)
+    off = report.loss - report.original_loss
+    remedy = "Give more rows, or rows that are more like what it will be asked; merge it instead; or --force."
+    if not report.errors[path] <= LARGEST_ERROR:
+        raise MergeError(
+            f"No vector makes one of the inputs of {path}: the best is off by {report.errors[path]:.1%} on texts that "
+            f"were not fitted, and {LARGEST_ERROR:.0%} is the most. {remedy}"
+        )
+    if not off <= LARGEST_LOSS or math.isnan(report.difference):
+        raise MergeError(
+            f"The LoRA has a loss of {report.loss:.3f} where the adapter has {report.original_loss:.3f}, and "
+            f"{LARGEST_LOSS} is the most that it may lose. {remedy}"
+        )
+
+
+def _card(report: ExportReport, adapter: Path, base: Path) -> str:
+    how = "exact, after a LayerNorm" if report.exact else "fitted to text, after an RMSNorm"
+    return f"""---
+base_model: {base}
+library_name: peft
+tags:
+- beft
+- lora
+---
+
+# {adapter.resolve().name} as a LoRA of rank 1
+
+The BEFT adapter `{adapter}` of `{base}` for servers that apply LoRAs. `lora_B` is the bias, `lora_A` a vector whose
+product with every input of the projection is one ({how}).
+
+- largest error of that product, root mean square of a layer: {max(report.errors.values()):.2%}
+- largest difference of a logit: {report.difference:.1e} of the largest
+- equal greedy answers: {report.equal_answers} of {report.answers}
+- loss: {report.loss:.4f}, of the adapter itself {report.original_loss:.4f}
+"""

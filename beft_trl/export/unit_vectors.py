@@ -1,0 +1,202 @@
+"""For each attention projection a vector whose product with every input is one: a bias as a LoRA of rank 1.
+
+After a LayerNorm with weight `w` and bias `c` it is exact: what it normalises sums to zero, so that the sum of
+`x_i / w_i` is that of `c_i / w_i`. After an RMSNorm it is a least-squares fit to the inputs of real text.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..weight_files import MergeError
+
+
+RIDGE = 1e-3  # of the mean diagonal of the inputs' second moments
+HELD_OUT = 4  # every fourth text is not fitted but measured on
+KEPT_TEXTS, KEPT_TOKENS = 32, 96  # of those: kept with the vectors, to try adapters on
+
+
+@dataclass(frozen=True)
+class UnitVectors:
+    """What turns biases of one base model into LoRAs of rank 1. It depends on no adapter.
+
+    Attributes:
+        vectors (`dict[str, Tensor]`): fp32, shape (input features,), by the path of the projection.
+        errors (`dict[str, float]`): root mean square of `a.x - 1` over the tokens of texts that were not fitted.
+        exact (`frozenset[str]`): the paths whose vector follows from a LayerNorm.
+        texts (`list[tuple[list[int], int]]`): some of those texts, as tokens, and how many of them are the prompt.
+        base (`str`): what identifies the base model.
+    """
+
+    vectors: dict[str, Tensor]
+    errors: dict[str, float]
+    exact: frozenset[str]
+    texts: list[tuple[list[int], int]]
+    base: str
+
+    def save(self, file: Path) -> None:
+        """Writes one safetensors file."""
+        about = {"base": self.base, "errors": self.errors, "exact": sorted(self.exact), "texts": self.texts}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}")
+        save_file(self.vectors, partial, metadata={"beft_unit_vectors": json.dumps(about)})
+        partial.rename(file)
+
+    @classmethod
+    def load(cls, file: Path) -> "UnitVectors":
+        """Reads what `save` wrote.
+
+        Raises:
+            MergeError: for another file, or a damaged one.
+        """
+        try:
+            with safe_open(file, "pt") as tensors:
+                about = json.loads((tensors.metadata() or {})["beft_unit_vectors"])
+                vectors = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            texts = [(list(tokens), int(prompt)) for tokens, prompt in about["texts"]]
+            return cls(vectors, about["errors"], frozenset(about["exact"]), texts, about["base"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise MergeError(
+                f"{file} holds no vectors of this package, or is damaged ({error}). Remove it, and give rows to fit "
+                "new ones."
+            ) from error
+
+
+def fit_unit_vectors(
+    model: Any, modules: Sequence[str], texts: Sequence[tuple[list[int], int]], base: str
+) -> UnitVectors:
+    """Finds the vectors of a base model, from its structure and from the inputs that its projections get.
+
+    Args:
+        model (`PreTrainedModel`): the plain base, on any device.
+        modules (`Sequence[str]`): paths of the projections, all of which a forward pass uses.
+        texts (`Sequence`): tokens, and how many of them are the prompt. A few hundred are enough.
+        base (`str`): what identifies the base model.
+
+    Raises:
+        MergeError: for fewer texts than are needed to fit and to measure, or numbers that are not finite.
+    """
+    measured, fitted = list(texts[::HELD_OUT]), [text for n, text in enumerate(texts) if n % HELD_OUT]
+    if not fitted:
+        raise MergeError(
+            f"{len(texts)} texts are too few to fit and to measure on: give two at least, better hundreds."
+        )
+    moments: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    first_of: dict[str, str] = {}  # projections of one input share what is summed
+    norm_of: dict[str, nn.LayerNorm] = {}
+    for inputs in _inputs(model, modules, [tokens for tokens, _ in fitted]):
+        firsts: dict[int, str] = {}
+        for path, (values, norm) in inputs.items():
+            first_of[path] = firsts.setdefault(values.data_ptr(), path)
+            if norm is not None:
+                norm_of[path] = norm
+            if first_of[path] == path:
+                rows = values.reshape(-1, values.shape[-1]).float()
+                moments[path] = moments.get(path, 0) + (rows.T @ rows).cpu()
+                sums[path] = sums.get(path, 0) + rows.sum(0).cpu()
+                counts[path] = counts.get(path, 0) + len(rows)
+    missing = [path for path in modules if path not in first_of]
+    if missing:
+        raise MergeError(f"{missing[0]} takes no part in the forward pass of {type(model).__name__}: it has no input.")
+    candidates = {
+        path: {"fitted": _ridge(moments[first] / counts[first], sums[first] / counts[first])}
+        for path, first in first_of.items()
+    }
+    for path, norm in norm_of.items():
+        vector = _of_layer_norm(norm)
+        if vector is not None:
+            candidates[path]["exact"] = vector
+    errors = _errors(model, candidates, [tokens for tokens, _ in measured])
+    chosen = {path: min(of_path, key=of_path.__getitem__) for path, of_path in errors.items()}
+    wrong = next((path for path, kind in chosen.items() if not errors[path][kind] < float("inf")), None)
+    if wrong is not None:
+        raise MergeError(
+            f"The inputs of {wrong} are not finite: the base is damaged, or its dtype does not hold them."
+        )
+    return UnitVectors(
+        {path: candidates[path][kind].float().contiguous() for path, kind in chosen.items()},
+        {path: errors[path][kind] for path, kind in chosen.items()},
+        frozenset(path for path, kind in chosen.items() if kind == "exact"),
+        [(tokens[:KEPT_TOKENS], prompt) for tokens, prompt in measured if prompt < KEPT_TOKENS][:KEPT_TEXTS],
+        base,
+    )
+
+
+def _ridge(moments: Tensor, mean: Tensor) -> Tensor:
+    """The vector with the least mean square of `a.x - 1`, next to its own length."""
+    moments, size = moments.double(), len(mean)
+    return torch.linalg.solve(moments + RIDGE * moments.trace() / size * torch.eye(size).double(), mean.double())
+
+
+def _of_layer_norm(norm: nn.LayerNorm) -> Tensor | None:
+    if norm.weight is None or norm.bias is None or not norm.weight.all():
+        return None
+    weight, bias = norm.weight.detach().double().cpu(), norm.bias.detach().double().cpu()
+    total = (bias / weight).sum()
+    return 1 / (weight * total) if total else None
+
+
+def _errors(
+    model: Any, candidates: dict[str, dict[str, Tensor]], texts: Sequence[list[int]]
+) -> dict[str, dict[str, float]]:
+    squares: dict[str, dict[str, float]] = {path: dict.fromkeys(of_path, 0.0) for path, of_path in candidates.items()}
+    tokens = 0
+    for inputs in _inputs(model, list(candidates), texts):
+        for path, (values, _) in inputs.items():
+            rows = values.reshape(-1, values.shape[-1]).float()
+            for kind, vector in candidates[path].items():
+                squares[path][kind] += (rows @ vector.float().to(rows.device) - 1).square().sum().item()
+        tokens += len(rows)
+    return {path: {kind: (each / tokens) ** 0.5 for kind, each in of.items()} for path, of in squares.items()}
+
+
+@torch.no_grad()
+def _inputs(
+    model: Any, modules: Sequence[str], texts: Sequence[list[int]]
+) -> Iterator[dict[str, tuple[Tensor, nn.LayerNorm | None]]]:
+    """For each text what the projections are given, and the LayerNorm that gave it, if one did."""
+    with _watched(model, modules) as found:
+        for tokens in texts:
+            found.clear()
+            model(input_ids=torch.tensor([tokens], device=next(model.parameters()).device), use_cache=False)
+            yield found
+
+
+@contextmanager
+def _watched(model: Any, modules: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, nn.LayerNorm | None]]]:
+    found: dict[str, tuple[Tensor, nn.LayerNorm | None]] = {}
+    normed: dict[int, tuple[Tensor, nn.LayerNorm]] = {}  # by the address of its output, which is kept alive
+
+    def note_norm(module: nn.Module, args: tuple, output: Tensor) -> None:
+        normed[output.data_ptr()] = (output, module)  # type: ignore[assignment]
+
+    def note_input(path: str, module: nn.Module, args: tuple) -> None:
+        values, norm = args[0], normed.get(args[0].data_ptr())
+        found[path] = (values, norm[1] if norm is not None and norm[0].shape == values.shape else None)
+
+    hooks = [module.register_forward_hook(note_norm) for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    hooks += [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, path=path: note_input(path, module, args)
+        )
+        for path in modules
+    ]
+    hooks.append(model.register_forward_pre_hook(lambda *call: normed.clear()))
+    training = model.training
+    model.eval()
+    try:
+        yield found
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,133 @@
+"""Many adapters over one base: each row of a batch has the logits that it has alone with its own adapter."""
+
+import pytest
+import torch
+from architectures import build
+from conftest import make_llama, make_opt
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from beft_trl import add_adapter, find_bias_sites, load_adapter, swap_adapter
+from beft_trl.tuner import attach_deltas, delta
+
+
+MODELS = {"llama": make_llama, "opt": make_opt, "gpt2": lambda: build("gpt2")}
+
+
+def make_adapters(make, folder, terms=("value", "query", "value")):
+    for number, (name, term) in enumerate(zip("abc", terms, strict=True)):
+        model = make()
+        sites = [site for site in find_bias_sites(model) if site.term == term and site.layer >= number % 2]
+        adapted = attach_deltas(model, sites)
+        generator = torch.Generator().manual_seed(number)
+        for site in sites:
+            delta(adapted, site).data[0, site.rows] = torch.randn(len(site.rows), generator=generator)
+        adapted.save_pretrained(folder / name)
+    model = load_adapter(make(), str(folder / "a"), adapter_name="a")
+    for name in "bc":
+        model.load_adapter(str(folder / name), name)
+    return model.eval()
+
+
+def alone(make, folder, tokens):
+    """By plain PEFT, one adapter at a time, and the base without one."""
+    rows = []
+    for name, row in tokens.items():
+        model = make() if name == "__base__" else load_adapter(make(), str(folder / name))
+        with torch.no_grad():
+            rows.append(model.eval()(input_ids=row[None], use_cache=False).logits)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_row_has_its_own_adapter(tmp_path, name):
+    model = make_adapters(MODELS[name], tmp_path)
+    names = ["c", "__base__", "a", "b"]
+    tokens = torch.randint(3, 60, (4, 7))
+    before = model(input_ids=tokens, use_cache=False).logits
+    mixed = model(input_ids=tokens, adapter_names=names, use_cache=False).logits
+    expected = alone(MODELS[name], tmp_path, dict(zip(names, tokens, strict=True)))
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert (expected[2] - expected[0]).abs().max() > 1e-2
+    assert torch.equal(model(input_ids=tokens, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_answers_of_a_mixed_batch_are_those_of_each_row_alone(tmp_path, options):
+    model = make_adapters(make_llama, tmp_path)
+    tokens, names = torch.randint(3, 60, (3, 5)), ["b", "a", "__base__"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **options)
+    for row, name, found in zip(tokens, names, mixed, strict=True):
+        single = make_llama() if name == "__base__" else load_adapter(make_llama(), str(tmp_path / name))
+        assert torch.equal(single.eval().generate(input_ids=row[None], **options)[0], found)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(["a"], "for a batch of 2"), (["a", "x"], "no adapter x"), ("ab", "no list"), (["a", "b", "c"], "a batch of 2")],
+)
+def test_names_that_do_not_fit_are_refused_and_the_model_goes_on(tmp_path, names, said):
+    model = make_adapters(make_llama, tmp_path)
+    tokens = torch.randint(3, 60, (2, 5))
+    before = model(input_ids=tokens).logits
+    with pytest.raises((ValueError, TypeError), match=said):
+        model(input_ids=tokens, adapter_names=names)
+    assert torch.equal(model(input_ids=tokens).logits, before)
+    model.train()
+    with pytest.raises(ValueError, match="eval"):
+        model(input_ids=tokens, adapter_names=["a", "b"])
+
+
+def test_a_weighted_adapter_is_the_sum_of_the_vectors(tmp_path):
+    model = make_adapters(make_opt, tmp_path)
+    model.base_model.add_weighted_adapter(["a", "b", "c"], [0.5, 2.0, -1.0], "sum")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["sum"])
+    found = load_file(tmp_path / "saved" / "sum" / "adapter_model.safetensors")
+    parts = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc"]
+    names = {name for part in parts for name in part}
+    assert found.keys() == names
+    for name in names:
+        expected = sum(
+            weight * part[name] for weight, part in zip((0.5, 2.0, -1.0), parts, strict=True) if name in part
+        )
+        torch.testing.assert_close(found[name], expected)
+    plain = PeftModel.from_pretrained(make_opt(), str(tmp_path / "saved" / "sum")).eval()
+    tokens = torch.randint(3, 60, (2, 5))
+    torch.testing.assert_close(plain(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    for arguments in ((["x"], [1.0], "y"), (["a"], [1.0], "b"), (["a"], [1.0, 2.0], "x")):
+        with pytest.raises(ValueError, match="adapter"):
+            model.base_model.add_weighted_adapter(*arguments)
+
+
+def test_an_added_adapter_is_the_one_that_peft_loads(tmp_path):
+    make_adapters(make_llama, tmp_path, ("value", "query", "value"))
+    tokens = torch.randint(3, 60, (2, 5))
+    model = load_adapter(make_llama(), str(tmp_path / "a")).eval()
+    for name in "bc":  # the query has no layer yet, and the value of layer 0 has one
+        add_adapter(model, str(tmp_path / name), name)
+        model.set_adapter(name)
+        expected = PeftModel.from_pretrained(make_llama(), str(tmp_path / name)).eval()(input_ids=tokens).logits
+        assert torch.equal(model(input_ids=tokens).logits, expected)
+        model.save_pretrained(tmp_path / "saved", selected_adapters=[name])
+        found, own = (
+            load_file(each / "adapter_model.safetensors") for each in (tmp_path / "saved" / name, tmp_path / name)
+        )
+        assert found.keys() == own.keys() and all(torch.equal(found[key], own[key]) for key in own)
+    with pytest.raises(ValueError, match="already"):
+        add_adapter(model, str(tmp_path / "b"), "c")
+
+
+def test_a_swapped_adapter_is_the_other_one_in_the_same_tensors(tmp_path):
+    make_adapters(make_llama, tmp_path, ("value", "query", "value"))
+    model = load_adapter(make_llama(), str(tmp_path / "a")).eval()
+    held = [parameter.data_ptr() for name, parameter in model.named_parameters() if "beft_bias" in name]
+    swap_adapter(model, str(tmp_path / "c"))
+    tokens = torch.randint(3, 60, (2, 5))
+    expected = PeftModel.from_pretrained(make_llama(), str(tmp_path / "c")).eval()(input_ids=tokens).logits
+    assert torch.equal(model(input_ids=tokens).logits, expected)
+    assert [parameter.data_ptr() for name, parameter in model.named_parameters() if "beft_bias" in name] == held
+    with pytest.raises(ValueError, match="other modules"):
+        swap_adapter(model, str(tmp_path / "b"))
+    assert torch.equal(model(input_ids=tokens).logits, expected)
