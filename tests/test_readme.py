@@ -46,7 +46,8 @@ def test_the_python_snippet_runs(folder):
 def test_every_beft_command_runs(folder):
     """In the README's order, word for word: each needs what those before it have written."""
     commands = re.findall(r"^beft [^#\n]*", README, flags=re.MULTILINE)
-    assert {command.split()[1] for command in commands} == {"check", "score", "train", "info", "merge", "eval", "tune"}
+    known = {"check", "score", "train", "info", "merge", "export", "eval", "tune"}
+    assert {command.split()[1] for command in commands} == known
     for command in commands:
         short = ["--trials", "2", "--max_steps", "8"] if command.split()[1] == "tune" else []
         said = run([str(Path(sys.executable).with_name("beft")), *command.split()[1:], *short], folder)
