@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .cli.tune import tune
     from .config import BeftConfigMixin, BeftSFTConfig, BeftTrainingArguments
     from .export.lora import export_lora
     from .importance import BiasScores
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "swap_adapter": "mixing",
     "load_adapter": "tuner",
     "merge_adapter": "merge",
+    "tune": "cli.tune",
 }
 __all__ = list(_MODULE_OF)
 

@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.training_args import ParallelMode
 from trl import RewardTrainer
@@ -39,6 +40,7 @@ from .checkpoints import (
 from .compat.adapters import beft_tuner, copy_to_reference
 from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
 from .compat.losses import labelled_tokens_only
+from .compat.models import forget_input_gradients
 from .config import default_score_steps
 from .data.labels import check_tokens, position_limit
 from .data.vocabulary import known_tokens_only
@@ -127,6 +129,7 @@ class BeftTrainerMixin:
     selected_bias_term: str | None = None
     _run: dict[str, Any]  # what identifies it, for its checkpoints; from `find_checkpoint` on
     _heat_map: bytes | None = None
+    card_sections: Sequence[str] = ()  # Markdown for the model card, before how to load it
     _resumed_at = 0  # optimizer steps of the checkpoint that a run goes on from
     _losses: Tensor | None = None  # sum over the batches of an optimizer step
 
@@ -178,7 +181,7 @@ class BeftTrainerMixin:
                 "and bf16=False."
             )
         deltas_to_fp32(self.model)
-        end_backward_below(self.model, candidates)
+        self._span_ends = end_backward_below(self.model, candidates)
         keep_4bit_trainable(self.model)
         self.bias_sites = sites
         self.learning_rates: dict[str, float] = {}
@@ -436,6 +439,24 @@ class BeftTrainerMixin:
             rotate_checkpoints(str(checkpoint.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
+    def detach(self) -> PreTrainedModel:
+        """Takes the adapter off the base model, and gives that back as it came. This trainer is of no use any more.
+
+        The base can be given to another trainer, which then trains it as if it had been loaded again.
+        """
+        base = self.model.get_base_model()
+        self._deltas.keep([])
+        for handle in self._span_ends:
+            handle.remove()
+        vars(base).pop("peft_config", None)  # PEFT leaves it, and takes the base for one that has an adapter
+        forget_input_gradients(base)
+        # The second is its name before Transformers 5.23.
+        disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+        if self.args.gradient_checkpointing:
+            disable()
+        self.accelerator.free_memory()
+        return base
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -452,6 +473,7 @@ class BeftTrainerMixin:
     def _card(self, tags: list[str] | None = None, **about: Any) -> ModelCard:
         tags = [*getattr(self, "_tag_names", []), *(tags or [])]
         assert self.bias_scores is not None
+        about["sections"] = self.card_sections
         return card_of(self._deltas, self.bias_scores, self.learning_rates, tags=tags, **about)
 
 

@@ -152,6 +152,7 @@ def model_card(
     auto_class: str = "AutoModelForCausalLM",
     plain_peft: bool = True,
     saved_whole: Sequence[str] = (),
+    sections: Sequence[str] = (),
 ) -> ModelCard:
     """The README of an adapter: what was trained and why, and how to load it.
 
@@ -166,6 +167,7 @@ def model_card(
         auto_class (`str`, *optional*, defaults to `"AutoModelForCausalLM"`): loads the base model.
         plain_peft (`bool`, *optional*, defaults to `True`): whether PEFT loads the adapter without this package.
         saved_whole (`Sequence[str]`, *optional*): names of the modules that were trained whole, such as a task's head.
+        sections (`Sequence[str]`, *optional*): more Markdown, which comes before how to load it.
     """
     base = scores.base_model or "BASE_MODEL"
     # The hub takes names of its own models only: a local path would fail its validation.
@@ -181,7 +183,7 @@ def model_card(
     # The labels of a task are in the configuration next to the adapter, not in that of the base model.
     config = ', config=AutoConfig.from_pretrained("PATH_OF_THIS_FOLDER")' if saved_whole else ""
     where = f"the attention layers {ranges(scores.layers)}" if scores.layers else "every attention layer"
-    sections = [
+    parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {model_name or 'BEFT adapter'}",
         f"The {scores.selected} bias of {where} of `{base}`, fine-tuned with BEFT. The base model is frozen: this "
@@ -189,8 +191,9 @@ def model_card(
         choice(scores, trainable, total, learning_rates),
     ]
     if scores.method is not None:
-        sections += [_markdown_table(scores), f"![scores of each term and layer]({HEAT_MAP_FILE})"]
-    sections += [
+        parts += [_markdown_table(scores), f"![scores of each term and layer]({HEAT_MAP_FILE})"]
+    parts += [
+        *sections,
         "## How to load it\n\n"
         + (
             "It is an adapter of PEFT's own BEFT tuner (PEFT 0.20 or later) and needs no other package:\n\n"
@@ -206,7 +209,7 @@ def model_card(
         "```",
         f"## Citation\n\n```bibtex\n{PAPER['citation']}\n```",
     ]
-    return ModelCard("\n\n".join(sections) + "\n")
+    return ModelCard("\n\n".join(parts) + "\n")
 
 
 def _markdown_table(scores: BiasScores) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .layout import BiasSite, BiasSites
 
@@ -109,7 +110,7 @@ def frozen_below(model: PeftModel, sites: Sequence[BiasSite]) -> FrozenLayers | 
     return FrozenLayers(list(layers[:lowest]), layers[lowest], around)
 
 
-def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> None:
+def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> list[RemovableHandle]:
     """Keeps the frozen layers below the lowest of `sites` out of the backward pass, with gradient checkpointing too.
 
     Without it they are out by themselves. With it Transformers, PEFT and TRL let the output of the embeddings require
@@ -119,10 +120,13 @@ def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> None:
     Args:
         model (`PeftModel`): with its deltas.
         sites (`list[BiasSite]`): all that can be trained.
+
+    Returns:
+        `list[RemovableHandle]`: what ends it.
     """
     found = frozen_below(model, sites)
     if found is None or not hasattr(found.layers[0], "gradient_checkpointing"):
-        return
+        return []
     layers, first_trained = found.layers, found.first_trained
 
     def checkpoint_none_below(*call: Any) -> None:
@@ -137,9 +141,11 @@ def end_backward_below(model: PeftModel, sites: list[BiasSite]) -> None:
             return _map(output, lambda values: values.detach().requires_grad_())
         return output
 
-    model.register_forward_pre_hook(checkpoint_none_below)
-    layers[0].register_forward_pre_hook(start, with_kwargs=True)
-    layers[-1].register_forward_hook(end)
+    return [
+        model.register_forward_pre_hook(checkpoint_none_below),
+        layers[0].register_forward_pre_hook(start, with_kwargs=True),
+        layers[-1].register_forward_hook(end),
+    ]
 
 
 def _map(given: Any, change: Any) -> Any:

@@ -1,7 +1,7 @@
 """The benchmark suite stays alive: each script's `--quick`, in turn, on a model that the first one makes."""
 
 import argparse
-import importlib
+import importlib.util
 import json
 import runpy
 import sys
@@ -51,6 +51,15 @@ def test_suite(quick):
     assert by_arm["BEFT"]["steps"] >= 16 / 2 and by_arm["BEFT"]["trainable"] == 3 * 256  # of three upper layers
     assert by_arm["BEFT"]["test"]["nll"] < by_arm["zero-shot"]["test"]["nll"]
     assert all(f"| {arm} |" in report for arm in by_arm)
+
+    if importlib.util.find_spec("optuna"):
+        report, lines = quick("tuning")
+        by_arm = {line["arm"]: line for line in lines}
+        assert by_arm.keys() == {"default", "tune", "tune, nothing kept", "LoRA", "(IA)3"}
+        assert all(f"| {arm} |" in report for arm in by_arm)
+        assert len(by_arm["tune"]["trials"]) == len(by_arm["LoRA"]["trials"]) == 3
+        for searched, kept in zip(by_arm["tune"]["trials"], by_arm["tune, nothing kept"]["trials"], strict=True):
+            assert searched[:4] == kept[:4] and searched[-1] == pytest.approx(kept[-1], rel=1e-3)
 
     report, lines = quick("cost")
     assert all(line["machine"] and line["versions"] and line["peak_bytes"] > 0 for line in lines)

@@ -151,3 +151,13 @@ def test_an_attention_that_there_is_not_is_an_error():
 
 def test_the_parser_of_arguments_lists_its_actions():
     assert "learning_rate" in {action.dest for action in HfArgumentParser(TrainingArguments)._actions}
+
+
+def test_embeddings_forget_that_their_output_requires_a_gradient():
+    """However often it was asked for, which Transformers itself keeps no count of."""
+    model = make_llama()
+    for _ in range(3):
+        model.enable_input_require_grads()
+    assert len(model.get_input_embeddings()._forward_hooks) == 3
+    models.forget_input_gradients(model)
+    assert not model.get_input_embeddings()._forward_hooks

@@ -46,9 +46,11 @@ def test_the_python_snippet_runs(folder):
 def test_every_beft_command_runs(folder):
     """In the README's order, word for word: each needs what those before it have written."""
     commands = re.findall(r"^beft [^#\n]*", README, flags=re.MULTILINE)
-    assert {command.split()[1] for command in commands} == {"check", "score", "train", "info", "merge"}
+    known = {"check", "score", "train", "info", "merge", "export", "eval", "tune"}
+    assert {command.split()[1] for command in commands} == known
     for command in commands:
-        said = run([str(Path(sys.executable).with_name("beft")), *command.split()[1:]], folder)
+        short = ["--trials", "2", "--max_steps", "8"] if command.split()[1] == "tune" else []
+        said = run([str(Path(sys.executable).with_name("beft")), *command.split()[1:], *short], folder)
         assert said.count("Ranking: ") == (command.split()[1] == "train")  # by one process of all
     assert AutoModelForCausalLM.from_pretrained(folder / "outputs" / "demo-merged").config.attention_bias
 

@@ -113,6 +113,75 @@ def train(context: typer.Context, recipe: RecipePath, launch: Launch = None) -> 
     leave(run_train(_parse(recipe, context.args)))
 
 
+@app.command(context_settings=TAKES_OVERRIDES)
+def tune(
+    context: typer.Context,
+    recipe: RecipePath,
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier calls among them.")] = 16,
+    minutes: Annotated[
+        float | None, typer.Option(help="For the search; the winner is trained after them. Default: no limit.")
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Of cross-validation. Default: a quarter of the rows is judged by.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="URL of the study's database. Default: a file in the output folder.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder. Default: output_dir of the recipe with -tuned.")] = None,
+    launch: Launch = None,
+) -> None:
+    """Searches term, layers, rate and steps by the loss on rows that are held back, and trains the winner.
+
+    The test file is for the final figure alone. An interrupted search goes on with the same command.
+    """
+    if launch is not None:
+        from .launch import launch_command, launched_engine
+        from .tune import refuse_engine
+
+        refuse_engine(launched_engine(launch)[0])
+        given = {"--minutes": minutes, "--folds": folds, "--storage": storage, "--output": output}
+        options = [str(part) for name, value in given.items() if value is not None for part in (name, value)]
+        command = ["tune", recipe, "--trials", str(trials), *options, *context.args]
+        raise typer.Exit(subprocess.call(launch_command(launch, command)))
+    from .run import leave
+    from .tune import tune as run_tune
+
+    leave(run_tune(recipe, trials, minutes, folds, storage, output, context.args))
+
+
+@app.command("eval")
+def evaluate(
+    targets: Annotated[
+        list[str], typer.Argument(help="Folders of adapters, and folders or hub names of models, merged ones too.")
+    ],
+    test_file: Annotated[
+        str, typer.Option("--test_file", "--test-file", help="Held-out rows: JSON, JSONL, CSV or Parquet.")
+    ],
+    base: Annotated[str | None, typer.Option(help="Base model of the adapters. Default: what each names.")] = None,
+    choices: Annotated[
+        str | None, typer.Option(help="Answers to rank, as in yes,no. Default: the completions, if they are classes.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.", show_default="by device")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Rows at a time.")] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Tokens of a written answer.")
+    ] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures and answers.")] = None,
+) -> None:
+    """Measures adapters, their bases and models side by side on held-out rows.
+
+    Loss, answers that equal the completion, answers by rank of the choices, and a confusion matrix for classes.
+    """
+    with _quiet():
+        from .evaluate import evaluate_targets, print_evaluation
+
+        ranked = [part.strip() for part in choices.split(",")] if choices is not None else None
+        measured = evaluate_targets(targets, test_file, base, ranked, dtype, batch_size, max_new_tokens)
+    print_evaluation(measured, test_file, json_file)
+
+
 @app.command()
 def info(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
     """Tells what an adapter holds: base, term, layers, norm of each delta, scores, versions."""

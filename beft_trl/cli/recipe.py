@@ -259,13 +259,26 @@ def load_rows(
     if train not in rows:
         raise ValueError(f"There is no split {train!r}, only {', '.join(rows)}.")
     for split, dataset in rows.items():
-        columns = set(dataset.column_names or next(iter(dataset), {}))
-        if columns >= ALPACA_COLUMNS:
-            options = {"chat": chat, "name": files.get(split) or f"the split {split}"}
-            rows[split] = dataset.map(
-                _checked_alpaca, with_indices=True, fn_kwargs=options, remove_columns=list(columns)
-            )
+        rows[split] = as_prompts(dataset, chat, files.get(split) or f"the split {split}")
     return rows
+
+
+def as_prompts(dataset: Any, chat: bool, name: str) -> Any:
+    """Rows with Alpaca's columns as prompt and completion, and others as they are.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): the rows.
+        chat: whether they become turns of a conversation, see [`alpaca_to_prompt`].
+        name: of the rows, for messages.
+
+    Raises:
+        ValueError: for a cell that is no text.
+    """
+    columns = set(dataset.column_names or next(iter(dataset), {}))
+    if not columns >= ALPACA_COLUMNS:
+        return dataset
+    options = {"chat": chat, "name": name}
+    return dataset.map(_checked_alpaca, with_indices=True, fn_kwargs=options, remove_columns=list(columns))
 
 
 def _checked_alpaca(row: dict[str, Any], number: int, chat: bool, name: str) -> dict[str, Any]:

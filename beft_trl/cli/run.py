@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from .. import report
+from ..evaluation import completions_of, share_equal, text_of, write
 from ..importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
 from ..layout import TERMS
 from ..trainer import BeftSFTTrainer
@@ -80,7 +80,7 @@ def train(recipe: Recipe) -> BeftSFTTrainer:
     trainer = build_trainer(recipe, data)
     say = trainer.accelerator.print
     held_out = data.held_out
-    questions = held_out.select(range(min(recipe.script.answers, len(held_out)))) if held_out is not None else []
+    questions = list(held_out.select(range(min(recipe.script.answers, len(held_out))))) if held_out is not None else []
 
     # DeepSpeed has no engine to evaluate with before training.
     before = None if trainer.is_deepspeed_enabled else measure(trainer, questions)
@@ -110,13 +110,16 @@ def train(recipe: Recipe) -> BeftSFTTrainer:
     return trainer
 
 
-def leave(trainer: BeftSFTTrainer) -> None:
+def leave(run: Any) -> None:
     """Ends a process that trained with others on a CPU, when everything is written, and returns in any other.
 
     Gloo's threads may still be letting go of the last collective's tensors. One that asks for the interpreter while
     that shuts down ends the process with SIGABRT, and the launcher calls the run failed: about one in a hundred.
+
+    Args:
+        run: the trainer, or what a search gave, with its `accelerator`.
     """
-    if trainer.accelerator.num_processes > 1 and trainer.accelerator.device.type == "cpu":
+    if run.accelerator.num_processes > 1 and run.accelerator.device.type == "cpu":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -182,34 +185,7 @@ def measure(trainer: BeftSFTTrainer, questions: Any) -> Measured:
     tokenizer: Any = trainer.processing_class
     if trainer.eval_dataset is not None:
         measured["loss"] = trainer.evaluate()["eval_loss"]
-    measured.answers = answer(trainer.model, tokenizer, [row["prompt"] for row in questions])
+    measured.answers = write(trainer.model, tokenizer, questions)
     if len(questions):
-        right = [text_of(row["completion"]).strip() for row in questions]
-        measured["accuracy"] = sum(map(str.__eq__, right, measured.answers)) / len(right)
+        measured["accuracy"] = share_equal(measured.answers, completions_of(questions))
     return measured
-
-
-@torch.inference_mode()
-def answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list, batch_size: int = 16, max_new_tokens: int = 8
-) -> list[str]:
-    """Greedy answers to conversational or plain prompts."""
-    model.eval()
-    answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        chat = not isinstance(batch[0], str)
-        if chat:
-            batch = [
-                tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in batch
-            ]
-        inputs = tokenizer(
-            batch, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
-        ).to(model.device)
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
-        answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in answers]
-
-
-def text_of(message: Any) -> str:
-    return message if isinstance(message, str) else message[-1]["content"]

@@ -49,6 +49,19 @@ def learnt_columns(trainer: Any) -> list[str]:
     return trainer._signature_columns
 
 
+def forget_input_gradients(model: Any) -> None:
+    """Takes the hooks off by which the embeddings' output requires a gradient.
+
+    PEFT, TRL and Transformers each ask for them with gradient checkpointing, and `disable_input_require_grads` knows
+    those of the last alone (Transformers 5.23). This goes when it takes off all of them.
+    """
+    model.disable_input_require_grads()
+    for module in model.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+                del module._forward_hooks[number]
+
+
 def check_attention(model: Any, implementation: str) -> None:
     """Raises what `from_pretrained` raises for an `attn_implementation` that the model cannot have."""
     with torch.device("meta"):

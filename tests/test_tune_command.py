@@ -1,0 +1,314 @@
+"""`beft tune` from end to end: what it writes, what goes on, who shares it, and what it refuses."""
+
+import gc
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import full_batch, make_llama, make_tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_cli import beft  # noqa: F401, a fixture
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+
+optuna = pytest.importorskip("optuna")
+from test_tuning import class_rows  # noqa: E402
+
+from beft_trl import BeftSFTConfig, BeftSFTTrainer, tune  # noqa: E402
+from beft_trl.cli.tune import _Result, _train_winner  # noqa: E402
+from beft_trl.evaluation import RowLoss  # noqa: E402
+from beft_trl.tuning.judge import Verdict  # noqa: E402
+from beft_trl.tuning.outcome import Choice  # noqa: E402
+from beft_trl.tuning.space import Settings  # noqa: E402
+from beft_trl.tuning.study import Record, Soup  # noqa: E402
+from beft_trl.tuning.trials import Bench  # noqa: E402
+
+
+BEFT = Path(sys.executable).parent / "beft"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_collection():
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A tiny Llama with a tokenizer, 32 rows to learn from and 12 to test on, and a recipe."""
+    folder = tmp_path_factory.mktemp("tune")
+    make_llama(num_hidden_layers=4).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    class_rows(32).to_json(folder / "rows.jsonl")
+    class_rows(12, seed=1).to_json(folder / "test.jsonl")
+    recipe = {
+        "model_name_or_path": str(folder / "base"),
+        "train_file": str(folder / "rows.jsonl"),
+        "test_file": str(folder / "test.jsonl"),
+        "relative_learning_rate": 0.1,
+        "score_steps": 2,
+        "max_steps": 16,
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "output_dir": str(folder / "out"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def study_of(folder):
+    return optuna.load_study(study_name="beft-tune", storage=f"sqlite:///{folder / 'study.db'}")
+
+
+def found_in(folder):
+    return json.loads((folder / "tuning.json").read_text())
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_search_ends_with_an_adapter_and_its_recipe(beft, project, tmp_path):  # noqa: F811
+    out = tmp_path / "tuned"
+    run = beft("tune", project / "recipe.yaml", "--trials", "5", "--output", out, "--seed", "3")
+    assert run.returncode == 0, run.stderr
+    found = found_in(out)
+    trials = found["trials"]
+    assert len(trials) == 5
+
+    # The first is the recipe; the next are the other terms, by the scores of a pass over what the trials learn.
+    assert [trial["settings"]["term"] for trial in trials[:3]] != ["value"] * 3
+    assert {trial["settings"]["term"] for trial in trials[:3]} == {"query", "key", "value"}
+    assert trials[3]["settings"]["term"] == "all"
+    for trial in trials[:4]:
+        given = {name: trial["settings"][name] for name in ("layers", "rate", "steps")}
+        assert given == {"layers": "upper", "rate": 0.1, "steps": 16}
+    assert trials[0]["state"] == "done" and found["default"] == 0
+    low, high = 0.1 / 5, 0.1 * 5
+    assert all(low <= trial["settings"]["rate"] <= high for trial in trials)
+    for trial in trials:
+        assert trial["state"] in ("done", "pruned") and trial["seconds"] > 0
+        assert f"{trial['loss']:.4f}" in run.stdout
+
+    # tuned.yaml is the recipe of the adapter.
+    settings = yaml.safe_load((out / "tuned.yaml").read_text())
+    assert settings["seed"] == 3 and settings["train_file"] == str(project / "rows.jsonl")
+    run = beft("train", out / "tuned.yaml")
+    assert run.returncode == 0, run.stderr
+    if found["chosen"] != "soup":
+        again = load_file(out / "retrained" / "adapter_model.safetensors")
+        for name, values in load_file(out / "adapter_model.safetensors").items():
+            torch.testing.assert_close(values, again[name], rtol=1e-3, atol=1e-5)
+
+    # The adapter is one of plain PEFT, and the test figures are those of a computation on one padded batch.
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(project / "base"), out).eval()
+    batch = full_batch(make_tokenizer(), rows_of(project / "test.jsonl"))
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
+    right = ((logits.argmax(-1) == labels) | (labels == -100)).all(1).float().mean().item()
+    assert found["test"] == pytest.approx({"loss": loss, "accuracy": right}, rel=1e-4)
+    card = (out / "README.md").read_text()
+    assert "## How the settings were chosen" in card and "| 0 | " in card and "(tuning.png)" in card
+    assert card.index("## How the settings") < card.index("## How to load it")
+    assert (out / "tuning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_test_file_has_no_part_in_the_choice(project, tmp_path):
+    class_rows(12, seed=5).to_json(tmp_path / "other.jsonl")
+    found = []
+    for number, file in enumerate((project / "test.jsonl", tmp_path / "other.jsonl")):
+        out = tmp_path / str(number)
+        tune(project / "recipe.yaml", trials=2, output=out, overrides=["--test_file", str(file)])
+        found.append(found_in(out))
+        for trial in found[-1]["trials"]:
+            trial.pop("seconds")
+    assert found[0]["trials"] == found[1]["trials"]
+    assert found[0]["settings"] == found[1]["settings"] and found[0]["test"] != found[1]["test"]
+
+
+def test_a_search_goes_on_where_it_was_interrupted(beft, project, tmp_path):  # noqa: F811
+    out = tmp_path / "tuned"
+    command = [BEFT, "tune", project / "recipe.yaml", "--output", out, "--bias_term", "value"]
+    process = subprocess.Popen(
+        [*command, "--trials", "500"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("Trial 1:"):
+            break
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "Best so far" in said
+    known = found_in(out)
+    assert known["trials"][0]["state"] == "done" and "test" not in known
+    assert (out / "tuned.yaml").is_file() and not (out / "adapter_config.json").exists()
+
+    done = {trial.number: trial.values for trial in study_of(out).trials if trial.state.is_finished()}
+    finished = sum(trial["state"] in ("done", "pruned") for trial in known["trials"])
+    run = beft(*command[1:], "--trials", str(finished + 1))
+    assert run.returncode == 0, run.stderr
+    trials = study_of(out).trials
+    assert {number: trials[number].values for number in done} == done  # none of them ran again
+    states = [trial["state"] for trial in found_in(out)["trials"]]
+    assert sum(state in ("done", "pruned") for state in states) == finished + 1
+    assert (out / "adapter_config.json").is_file()
+
+    run = beft(*command[1:], "--seed", "7")
+    assert run.returncode == 1
+    assert "is one of other trials: seed differ" in " ".join(run.stderr.split())
+
+
+def test_a_default_that_a_dead_process_was_at_is_begun_again(project, tmp_path, monkeypatch):
+    """Its trial runs on in the database until its heartbeats are too old."""
+    out = tmp_path / "tuned"
+    options = {"trials": 2, "output": out, "overrides": ["--bias_term", "value"]}
+
+    def die(*call):
+        raise SystemExit(9)  # which Optuna lets through, so that the database learns nothing of it
+
+    with monkeypatch.context() as fault, pytest.raises(SystemExit):
+        fault.setattr(Bench, "losses", die)
+        tune(project / "recipe.yaml", **options)
+    assert [trial.state.name for trial in study_of(out).trials] == ["RUNNING"]
+    monkeypatch.setattr("beft_trl.tuning.study.HEARTBEAT", 1)  # instead of half a minute
+    tuned = tune(project / "recipe.yaml", **options)
+    states = [record.state for record in tuned.choice.records]
+    assert states[0] == "stopped" and sum(state in ("done", "pruned") for state in states) in (2, 3)
+    assert tuned.choice.default.number > 0
+
+
+def test_processes_share_a_study(beft, project, tmp_path):  # noqa: F811
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    common = ["--trials", "6", "--storage", storage, "--bias_term", "value", "--folds", "2", "--max_steps", "4"]
+    command = [BEFT, "tune", project / "recipe.yaml", "--output", tmp_path / "a", *common]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert next(line for line in process.stdout if line.startswith("Trial "))  # the study is there
+    run = beft("tune", project / "recipe.yaml", "--output", tmp_path / "b", *common)
+    assert run.returncode == 0, run.stderr
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    trials = optuna.load_study(study_name="beft-tune", storage=storage).trials
+    states = [trial.state.name for trial in trials]
+    assert set(states) <= {"COMPLETE", "PRUNED"} and 6 <= len(trials) <= 7
+    assert len({tuple(trial.params.values()) for trial in trials[2:]}) == len(trials) - 2  # nothing twice
+    kept = [{int(file.stem) for file in (tmp_path / name / "trials").glob("*.safetensors")} for name in "ab"]
+    assert not kept[0] & kept[1]
+    assert kept[0] | kept[1] == {trial.number for trial in trials if trial.state.name == "COMPLETE"}
+    for trial in trials:
+        if trial.state.name == "COMPLETE":
+            assert [len(fold) for fold in trial.user_attrs["rows"]] == [16, 16]
+
+
+def test_two_processes_of_one_run_find_what_one_does(project, tmp_path):
+    """On the same global batch: DDP's first process has the study, and each judges its share of the rows."""
+    common = ["--trials", "2", "--bias_term", "value", "--max_steps", "4"]
+    one = tune(project / "recipe.yaml", trials=2, output=tmp_path / "one", overrides=common[2:])
+    run = subprocess.run(
+        [BEFT, "tune", project / "recipe.yaml", "--launch", "ddp_cpu", "--output", tmp_path / "two", *common]
+        + ["--per_device_train_batch_size", "2"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("Trial 0:") == 1
+    ones, twos = (found_in(tmp_path / name) for name in ("one", "two"))
+    for alone, together in zip(ones["trials"], twos["trials"], strict=True):
+        assert alone["settings"] == together["settings"] and alone["state"] == together["state"]
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    assert twos["test"] == pytest.approx(ones["test"], rel=1e-3)
+    assert one.figures == ones["test"]
+
+
+def test_time_that_is_over_leaves_the_default(project, tmp_path):
+    started = time.monotonic()
+    tuned = tune(project / "recipe.yaml", trials=500, minutes=0.001, output=tmp_path / "tuned")
+    assert time.monotonic() - started < 60
+    assert tuned.choice.kind == "default"
+    assert [record.number for record in tuned.choice.records if record.state == "done"] == [0]
+    assert (tmp_path / "tuned" / "adapter_config.json").is_file()
+
+
+def test_a_soup_is_the_mean_of_runs_on_all_rows(project, tmp_path):
+    rows = class_rows(16)
+    settings = [Settings("value", "upper", 0.1, 6), Settings("value", "upper", 0.2, 9)]
+
+    def trainer(name, **changes):
+        args = BeftSFTConfig(
+            str(tmp_path / name), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            bias_term="value", **changes,
+        )  # fmt: skip
+        model = make_llama(num_hidden_layers=4)
+        return BeftSFTTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer())
+
+    expected: dict = {}
+    for number, (_, _, rate, steps) in enumerate(settings):
+        run = trainer(str(number), relative_learning_rate=rate, max_steps=steps)
+        run.train()
+        run.save_model()
+        for name, values in load_file(tmp_path / str(number) / "adapter_model.safetensors").items():
+            expected[name] = expected.get(name, 0) + values / 2
+    bench = Bench(trainer("bench", relative_learning_rate=0.1, max_steps=6), [])
+    records = [Record(number, each, "done", 1.0, 1.0, 1.0, []) for number, each in enumerate(settings)]
+    soup = Soup(records, [[RowLoss(1.0, 1, True)]], 1.0)
+    choice = Choice("soup", records, records[0], records[0], soup, Verdict(0.1, 0.01, True))
+    _train_winner(bench, choice, _Result(tmp_path / "out", None, "on rows", True))
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-5)
+
+
+WRONG = {
+    "zero": (["--launch", "zero2"], "one process or under DDP, and this is ZeRO-2"),
+    "packing": (["--packing", "true"], "packing=True puts rows together"),
+    "resume": (["--resume_from_checkpoint", "x"], "A search goes on by itself"),
+    "folds": (["--folds", "20"], "32 rows are too few for 20 parts"),
+    "storage": (["--storage", "nothing://here"], "cannot be opened as a database"),
+    "minutes": (["--minutes", "-1"], "minutes=-1.0 cannot be"),
+    "adapter": (["--output", "taken"], "holds an adapter that no search wrote"),
+    "recipe": (["--bias_termm", "value"], "bias_termm (did you mean bias_term?)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_searched_is_refused(beft, project, tmp_path, monkeypatch, case):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    Path("taken").mkdir()
+    Path("taken", "adapter_config.json").write_text("{}")
+    arguments, message = WRONG[case]
+    out = [] if case == "adapter" else ["--output", tmp_path / "out"]
+    run = beft("tune", project / "recipe.yaml", *out, *arguments)
+    assert run.returncode == 1
+    assert message in " ".join(run.stderr.split())
+    assert not (tmp_path / "out" / "study.db").exists()
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_trainer_that_trained_or_has_its_own_functions_is_refused(make_trainer):
+    trainer = make_trainer(bias_term="value")
+    trainer.train()
+    with pytest.raises(ValueError, match="has trained already"):
+        tune(trainer)
+    trainer = make_trainer(trainer={"compute_metrics": lambda predictions: {}})
+    with pytest.raises(ValueError, match="its own compute_metrics"):
+        tune(trainer)
