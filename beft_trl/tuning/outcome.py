@@ -185,7 +185,6 @@ def picture_of(choice: Choice) -> bytes:
     by_rate.set_xlabel("rate")
     by_rate.set_xscale("log")
     order.set_ylabel("development loss")
-    order.set_yscale("log")
     by_rate.legend(fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
