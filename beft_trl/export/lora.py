@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -116,7 +115,7 @@ def export_lora(
     if on_gpu:
         model = model.to(torch.accelerator.current_accelerator())
     encoded = _encode(texts, adapter, folder) if texts else []
-    identity = xxhash.xxh3_128(json.dumps(identify_base(model, str(folder)), sort_keys=True).encode()).hexdigest()
+    identity = str(identify_base(model, str(folder))["base_files"])
     file = Path(vectors) if vectors else Path(HF_HOME) / "beft_trl" / f"{identity}.safetensors"
     shared = _shared_vectors(model, sorted(content.deltas), encoded, identity, file)
     tried = encoded[::HELD_OUT][:KEPT_TEXTS] or shared.texts

@@ -5,6 +5,7 @@ After a LayerNorm with weight `w` and bias `c` it is exact: what it normalises s
 """
 
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,9 +47,12 @@ class UnitVectors:
         """Writes one safetensors file."""
         about = {"base": self.base, "errors": self.errors, "exact": sorted(self.exact), "texts": self.texts}
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}")
-        save_file(self.vectors, partial, metadata={"beft_unit_vectors": json.dumps(about)})
-        partial.rename(file)
+        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # others may be writing theirs
+        try:
+            save_file(self.vectors, partial, metadata={"beft_unit_vectors": json.dumps(about)})
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, file: Path) -> "UnitVectors":
@@ -61,6 +65,8 @@ class UnitVectors:
             with safe_open(file, "pt") as tensors:
                 about = json.loads((tensors.metadata() or {})["beft_unit_vectors"])
                 vectors = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            if not all(vector.isfinite().all() for vector in vectors.values()):
+                raise ValueError("a vector is not finite")
             texts = [(list(tokens), int(prompt)) for tokens, prompt in about["texts"]]
             return cls(vectors, about["errors"], frozenset(about["exact"]), texts, about["base"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
