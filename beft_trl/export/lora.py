@@ -32,6 +32,7 @@ from .unit_vectors import HELD_OUT, KEPT_TEXTS, UnitVectors, fit_unit_vectors
 
 # What an export may be off by: of the vectors in any layer, on texts that were not fitted, and of the loss in nats.
 LARGEST_ERROR, LARGEST_LOSS = 0.1, 0.02
+EXACT_DIFFERENCE = 1e-4  # of a logit, relative to the largest, that rounding in fp32 explains after a LayerNorm
 NEW_TOKENS = 8
 REPORT_FILE = "beft_export.json"
 
@@ -125,7 +126,7 @@ def export_lora(
         expected = _behaviour(with_adapter(model, adapter, content), tried)
         report = _compare(found, expected, tried, str(output), str(file), shared, content.deltas)
         if not force:
-            _refuse(report)
+            _refuse(report, model.dtype)
         record = {name: value for name, value in asdict(report).items() if name not in ("output", "vectors")}
         (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_card(report, adapter, folder), encoding="utf-8")
@@ -257,7 +258,7 @@ def _compare(
     )
 
 
-def _refuse(report: ExportReport) -> None:
+def _refuse(report: ExportReport, dtype: torch.dtype) -> None:
     path = max(report.errors, key=report.errors.__getitem__)
     off = report.loss - report.original_loss
     remedy = "Give more rows, or rows that are more like what it will be asked; merge it instead; or --force."
@@ -265,6 +266,11 @@ def _refuse(report: ExportReport) -> None:
         raise MergeError(
             f"No vector makes one of the inputs of {path}: the best is off by {report.errors[path]:.1%} on texts that "
             f"were not fitted, and {LARGEST_ERROR:.0%} is the most. {remedy}"
+        )
+    if report.exact and dtype == torch.float32 and report.difference > EXACT_DIFFERENCE:
+        raise MergeError(
+            f"The LoRA should be the adapter to rounding, and its logits are off by {report.difference:.1e} of the "
+            "largest: report this model, and merge the adapter instead, or --force."
         )
     if not off <= LARGEST_LOSS or math.isnan(report.difference):
         raise MergeError(
