@@ -23,11 +23,14 @@ optuna = pytest.importorskip("optuna")
 from test_tuning import class_rows  # noqa: E402
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer, tune  # noqa: E402
+from beft_trl.cli.recipe import parse_recipe  # noqa: E402
 from beft_trl.cli.tune import _Result, _train_winner  # noqa: E402
+from beft_trl.cli.tuned_recipe import given_values  # noqa: E402
 from beft_trl.evaluation import RowLoss  # noqa: E402
 from beft_trl.tuning.judge import Verdict  # noqa: E402
 from beft_trl.tuning.outcome import Choice  # noqa: E402
 from beft_trl.tuning.space import Settings  # noqa: E402
+from beft_trl.tuning.split import split_rows  # noqa: E402
 from beft_trl.tuning.study import Record, Soup  # noqa: E402
 from beft_trl.tuning.trials import Bench  # noqa: E402
 
@@ -195,6 +198,30 @@ def test_a_default_that_a_dead_process_was_at_is_begun_again(project, tmp_path, 
     assert tuned.choice.default.number > 0
 
 
+def test_folds_stop_what_is_behind_after_some_of_them(project, tmp_path):
+    overrides = ["--bias_term", "value", "--max_steps", "8"]
+    tune(project / "recipe.yaml", trials=6, folds=4, output=tmp_path / "out", overrides=overrides)
+    trials = study_of(tmp_path / "out").trials
+    looks = {
+        state: [len(trial.intermediate_values) for trial in trials if trial.state.name == state]
+        for state in ("COMPLETE", "PRUNED")
+    }
+    assert trials[0].state.name == "COMPLETE" and set(looks["COMPLETE"]) == {4}
+    assert looks["PRUNED"] and max(looks["PRUNED"]) < 4
+
+
+@pytest.mark.parametrize("given", [["--save_strategy", "no", "--seed", "3"], ["--save_strategy=no", "--seed=3"]])
+def test_words_of_the_command_line_stay_words_in_a_recipe(project, tmp_path, given):
+    """Those that YAML reads as true and false, and numbers that it reads as text."""
+    more = ["--use_cpu", "true", "--weight_decay", "1e-3", "--bf16", "False", "--model_revision", "null"]
+    values = given_values(str(project / "recipe.yaml"), [*given, *more])
+    assert values["save_strategy"] == "no" and values["seed"] == 3 and values["use_cpu"] is True
+    assert values["weight_decay"] == 1e-3 and values["bf16"] == "False" and values["model_revision"] == "null"
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(values))
+    parsed = parse_recipe(["--config", str(tmp_path / "again.yaml")]).training
+    assert (parsed.save_strategy, parsed.seed, parsed.use_cpu, parsed.bf16) == ("no", 3, True, False)
+
+
 def test_processes_share_a_study(beft, project, tmp_path):  # noqa: F811
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
     common = ["--trials", "6", "--storage", storage, "--bias_term", "value", "--folds", "2", "--max_steps", "4"]
@@ -276,6 +303,33 @@ def test_a_soup_is_the_mean_of_runs_on_all_rows(project, tmp_path):
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_the_winner_has_nothing_of_what_the_trials_kept(tmp_path):
+    """In 16 bits the frozen layers give a row something else in another batch: here it is made wrong altogether."""
+    settings, rows = Settings("value", "upper", 0.1, 6), class_rows(16)
+
+    def trainer(name):
+        args = BeftSFTConfig(
+            str(tmp_path / name), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            bias_term="value", relative_learning_rate=0.1, max_steps=6,
+        )  # fmt: skip
+        model = make_llama(num_hidden_layers=4)
+        return BeftSFTTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer())
+
+    run = trainer("run")
+    run.train()
+    run.save_model()
+    bench = Bench(trainer("bench"), split_rows(rows["completion"], None, 0))
+    trained = bench.run(settings, tmp_path / "trials", lambda step, loss: None)
+    (cache,) = bench._caches.values()
+    for kept in cache._kept.values():
+        kept.states.mul_(3)
+    record = Record(0, settings, "done", 1.0, 1.0, 1.0, trained.rows)
+    choice = Choice("default", [record], record, record, None, None)
+    _train_winner(bench, choice, _Result(tmp_path / "out", None, "on rows", True))
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "out"))
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
 
 
 WRONG = {

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_cli import beft  # noqa: F401, a fixture
 from torch.nn import functional
 from transformers import BitsAndBytesConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer, find_bias_sites, tune
 from beft_trl.deltas import gather_deltas
@@ -219,6 +220,41 @@ def test_a_trial_is_bit_for_bit_an_ordinary_run(make_bench, tmp_path, checkpoint
         assert [(name, type(module)) for name, module in base.named_modules()] == modules
     assert all(torch.equal(values, base.state_dict()[name]) for name, values in before.items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+class WithoutTheEnd:
+    """A collator of the user's: the last token of a row is not learnt."""
+
+    def __init__(self):
+        self.collate = DataCollatorForLanguageModeling(pad_token_id=0)
+
+    def __call__(self, rows):
+        return self.collate([{**row, "labels": [*row["labels"][:-1], -100]} for row in rows])
+
+
+def test_a_trial_has_the_score_steps_and_the_collator_of_the_trainer(tmp_path):
+    """Three scoring steps, where twelve steps would have two: the rates are measured over as many batches."""
+    rows, found = class_rows(24), {}
+    for steps in (2, 3):
+        args = BeftSFTConfig(str(tmp_path / "bench"), **{**SETTINGS, "score_steps": steps})
+        trainer = BeftSFTTrainer(
+            four_layers(), args, train_dataset=rows, processing_class=make_tokenizer(), data_collator=WithoutTheEnd()
+        )
+        bench = Bench(trainer, split_rows([row["completion"] for row in rows], None, seed=0))
+        (found[steps],) = bench.run(TRIALS[0], tmp_path / "trials", never).deltas
+    args = BeftSFTConfig(str(tmp_path / "run"), **{**SETTINGS, "score_steps": 3, "bias_term": "value"})
+    trainer = BeftSFTTrainer(
+        four_layers(),
+        args,
+        train_dataset=rows.select(bench.folds[0].train),
+        processing_class=make_tokenizer(),
+        data_collator=WithoutTheEnd(),
+    )
+    trainer.train()
+    expected = gather_deltas(trainer.model, trainer._deltas.sites)
+    assert all(torch.equal(found[3][site], expected[site]) for site in expected)
+    assert not any(torch.equal(found[2][site], expected[site]) for site in expected)
+    assert bench.development[0][0]["labels"][-1] == -100
 
 
 def test_trials_share_what_the_frozen_layers_give(make_bench, tmp_path):

@@ -269,7 +269,9 @@ def _train_winner(bench: Bench, choice: Choice, result: _Result) -> dict[str, fl
     for number, settings in enumerate(choice.members, 1):
         # Every checkpoint and evaluation would be one of no run of the user's; what is logged is.
         quiet = {name: value for name, value in QUIET.items() if name not in LOGGED}
-        with bench.trainer(settings, bench.rows, output_dir=str(result.folder / TRIALS), **quiet) as trainer:
+        # With nothing that trials kept: `beft train` with the recipe that is written gives the same bits.
+        apart = {**quiet, "share": False, "output_dir": str(result.folder / TRIALS)}
+        with bench.trainer(settings, bench.rows, **apart) as trainer:
             trainer.train()
             members.append(gather_deltas(trainer.model, trainer._deltas.sites))
             if number < len(choice.members):

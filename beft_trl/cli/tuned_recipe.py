@@ -1,5 +1,6 @@
 """The recipe of a search's winner: what was given, with the settings that were found."""
 
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..tuning.space import Settings
 # What a search sets, and so takes out of the recipe.
 SEARCHED = (
     "bias_term", "bias_layers", "relative_learning_rate", "learning_rate", "max_steps", "num_train_epochs",
-    "score_steps", "output_dir",
+    "output_dir",
 )  # fmt: skip
 
 
@@ -31,14 +32,23 @@ def given_values(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
         if text.startswith("--"):
             name, _, value = text.removeprefix("--").partition("=")
             name = name.replace("-", "_")
-            values[name] = yaml.safe_load(value) if "=" in text else True
+            values[name] = _value(value) if "=" in text else True
             name = None if "=" in text else name
         elif name is not None:
             # Several values after a name are a list.
             before = values[name]
-            value = yaml.safe_load(text)
+            value = _value(text)
             values[name] = value if before is True else [*(before if isinstance(before, list) else [before]), value]
     return values
+
+
+def _value(text: str) -> Any:
+    """A value of the command line as a recipe has it. Words stay words: YAML would take `no` for false."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if value is None else value
 
 
 def recipe_text(choice: Choice, values: dict[str, Any], folder: Path, relative: bool) -> str:

@@ -208,7 +208,7 @@ class Search:
                 looks += 1
                 trial.report(loss, looks)
                 prune = trial.should_prune()  # asked of the default too, whose losses the others are compared to
-                if prune and settings != self.space.default and step < settings.steps:
+                if prune and settings != self.space.default and looks < self.bench.looks:
                     return optuna.TrialPruned()
             late = deadline is not None and time.monotonic() > deadline
             return OutOfTime() if late and settings != self.space.default else None

@@ -71,9 +71,13 @@ class Bench:
         self.args = copy.copy(trainer.args)
         self.rows: Dataset = trainer.train_dataset
         self.test: Dataset | None = trainer.eval_dataset
-        self.given: dict[str, Any] = {"processing_class": trainer.processing_class}
+        self.given: dict[str, Any] = {
+            "processing_class": trainer.processing_class,
+            "data_collator": trainer.data_collator,
+        }
         self.accelerator = trainer.accelerator
         self.folds = folds
+        self.looks = LOOKS if len(folds) == 1 else len(folds)  # at the loss of a trial that is not stopped
         labelled = labelled_rows(trainer, self.rows)
         self.development = [[labelled[number] for number in fold.development] for fold in folds]
         self.tested = labelled_rows(trainer, self.test) if isinstance(self.test, Dataset) else []
@@ -83,12 +87,16 @@ class Bench:
         self.base_name = str(self._base.name_or_path)
 
     @contextmanager
-    def trainer(self, settings: Settings, rows: Dataset, **changes: Any) -> Iterator[BeftSFTTrainer]:
+    def trainer(
+        self, settings: Settings, rows: Dataset, share: bool = True, **changes: Any
+    ) -> Iterator[BeftSFTTrainer]:
         """A trainer of these settings on the base, which is given back after it.
 
         Args:
             settings (`Settings`): of the run.
             rows (`Dataset`): to learn from.
+            share (`bool`, *optional*, defaults to `True`): begin with what the frozen layers gave in other trials. In
+                16 bits their rounding depends on the batch that a row was in.
             changes: of other fields of its arguments.
         """
         args = with_settings(self.args, settings, changes)
@@ -98,7 +106,7 @@ class Bench:
             trainer = BeftSFTTrainer(self._base, args, train_dataset=rows, **self.given)
         if args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
-        if trainer._frozen_cache is not None:
+        if share and trainer._frozen_cache is not None:
             # What the frozen layers give depends on the base and the row only, and so serves every trial of a span.
             lowest = id(trainer._frozen_cache.frozen.first_trained)
             trainer._frozen_cache = self._caches.setdefault(lowest, trainer._frozen_cache)
@@ -211,7 +219,6 @@ def with_settings(args: Any, settings: Settings, changes: Mapping[str, Any]) -> 
     args.learning_rate, args.max_steps = settings.rate, settings.steps
     if args.relative_learning_rate is not None:
         args.relative_learning_rate = settings.rate
-    args.score_steps = None
     args.model_init_kwargs = None  # the model is loaded
     args.shuffle_dataset = False  # the rows are prepared, and shuffled if they should be
     for name, value in changes.items():
