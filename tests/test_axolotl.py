@@ -1,5 +1,6 @@
 """The plugin in the real Axolotl, which has an environment of its own: skipped where it is not installed."""
 
+import importlib.util
 import json
 import os
 import re
@@ -242,6 +243,8 @@ def test_evaluation_with_the_adapter(world, trained, tmp_path):
 def test_the_package_without_the_plugin_never_imports_axolotl():
     files = [path.relative_to(REPOSITORY) for path in (REPOSITORY / "beft_trl").rglob("*.py")]
     modules = [".".join(file.with_suffix("").parts) for file in files if file.stem not in ("axolotl", "__main__")]
+    if importlib.util.find_spec("optuna") is None:  # an extra of its own, which this environment is made without
+        modules = [name for name in modules if ".tun" not in name]
     program = f"import sys, {', '.join(modules)}; assert 'axolotl' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
