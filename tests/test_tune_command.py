@@ -222,6 +222,7 @@ def test_words_of_the_command_line_stay_words_in_a_recipe(project, tmp_path, giv
     assert (parsed.save_strategy, parsed.seed, parsed.use_cpu, parsed.bf16) == ("no", 3, True, False)
 
 
+@pytest.mark.matrix
 def test_processes_share_a_study(beft, project, tmp_path):  # noqa: F811
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
     common = ["--trials", "6", "--storage", storage, "--bias_term", "value", "--folds", "2", "--max_steps", "4"]
