@@ -80,6 +80,7 @@ class FrozenLayersCache:
         # Batches that are still computed to compare them: any, and those with a row that came after other ones.
         self._to_prove, self._to_prove_after_others = PROVED_BATCHES, PROVED_BATCHES
         self._ended = False
+        self._given: dict[str, Any] | None = None  # what a forward pass is called with
         # Of a forward pass: its rows, None if they are not to be kept, and whether it skips the frozen layers.
         self._parts: list[_Part] | None = None
         self._skips = False
@@ -97,7 +98,7 @@ class FrozenLayersCache:
         hooks = [each.register_forward_pre_hook(self._begin, with_kwargs=True) for each in around]
         hooks.append(self.frozen.first_trained.register_forward_pre_hook(self._check_given, with_kwargs=True))
         hooks.append(around[0].register_forward_hook(self._end, always_call=True))
-        # As accelerate's hooks do: what `forward` a layer had of its own comes back.
+        # As accelerate's hooks do: a layer gets the `forward` back that it had of its own.
         own = [vars(layer).get("forward") for layer in layers]
         for index, layer in enumerate(layers):
             layer.forward = partial(self._forward, index, layer.forward)
@@ -112,21 +113,26 @@ class FrozenLayersCache:
                     layer.forward = forward
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Finds the rows of a batch, for the innermost module that takes tokens."""
+        """Notes what the innermost module that takes tokens is called with."""
         given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         if module is self.frozen.around[0]:
             config: Any = module.config
-            self._parts = None
+            self._given = None
             self._whole = any(given.get(name, getattr(config, name, False)) for name in NEEDS_ALL_LAYERS)
         if given.get("input_ids") is not None and not self._whole:
-            self._parts = parts_of(given, self._precision(given["input_ids"].device.type))
+            self._given = given
+
+    def _find_rows(self) -> None:
+        """Finds the rows of a batch, and whether it skips the frozen layers."""
+        given = self._given
+        self._parts = parts_of(given, self._precision(given["input_ids"].device.type)) if given is not None else None
         parts = self._parts or ()
         known = all(part.key in self._kept for part in parts)
         moved = known and any(part.after != self._kept[part.key].after for part in parts)
         self._skips = known and not self._to_prove and not (moved and self._to_prove_after_others)
 
     def _end(self, *call: Any) -> None:
-        self._parts = None
+        self._parts = self._given = None
         self._more.clear()
 
     def _check_given(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -141,8 +147,8 @@ class FrozenLayersCache:
         return f"{next(self.frozen.layers[-1].parameters()).dtype} {autocast}"
 
     def _forward(self, index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        if index == 0 and any(kwargs.get(name) is not None for name in OLD_KEYS):
-            self._parts = None
+        if index == 0 and all(kwargs.get(name) is None for name in OLD_KEYS):
+            self._find_rows()
         if self._parts is None:
             return forward(*args, **kwargs)
         last = index == len(self.frozen.layers) - 1
@@ -245,6 +251,22 @@ def parts_of(given: dict[str, Any], precision: str) -> list[_Part] | None:
     return parts
 
 
+class CachePlan(NamedTuple):
+    """Whether the frozen layers of a run are cached.
+
+    Attributes:
+        reason (`str`, *optional*): why they are not.
+        frozen (`FrozenLayers`, *optional*): the layers, if there are any.
+        needed (`int`, *optional*): bytes of their states, if they are cached and the rows are tokenized.
+        free (`int`): bytes that there are for them.
+    """
+
+    reason: str | None
+    frozen: FrozenLayers | None = None
+    needed: int | None = None
+    free: int = 0
+
+
 def frozen_cache(trainer: Any, sites: Sequence[BiasSite], engine: str) -> FrozenLayersCache | None:
     """The cache of a trainer's run, or `None` if it can or shall have none.
 
@@ -256,35 +278,44 @@ def frozen_cache(trainer: Any, sites: Sequence[BiasSite], engine: str) -> Frozen
     Raises:
         ValueError: if it is asked for and cannot be.
     """
-    args = trainer.args
-    if args.cache_frozen_layers is False:
-        return None
-    reason = reason_against(trainer, sites, engine)
-    if reason is None:
-        found = frozen_below(trainer.model, sites)
-        assert found is not None
-        return FrozenLayersCache(found, _limit(trainer))
-    if args.cache_frozen_layers:
-        raise ValueError(f"cache_frozen_layers=True, and {reason}. Leave it out.")
-    logger.info(f"The frozen layers are not cached: {reason}.")
+    plan = plan_cache(trainer, sites, engine)
+    if plan.reason is None and plan.frozen is not None:
+        # Twice what is needed: an evaluation can be in another precision. Rows that never come back reach it.
+        limit = plan.free if plan.needed is None else min(2 * plan.needed, plan.free)
+        return FrozenLayersCache(plan.frozen, limit)
+    if trainer.args.cache_frozen_layers:
+        raise ValueError(f"cache_frozen_layers=True, and {plan.reason}. Leave it out.")
+    logger.info(f"The frozen layers are not cached: {plan.reason}.")
     return None
 
 
-def reason_against(trainer: Any, sites: Sequence[BiasSite], engine: str) -> str | None:
-    """Why the frozen layers of a run have to be computed in every step, or `None` if they do not.
+def plan_cache(trainer: Any, sites: Sequence[BiasSite], engine: str) -> CachePlan:
+    """Whether the frozen layers of a run are cached, or why they are computed in every step.
 
     The arguments are those of [`frozen_cache`].
     """
+    if trainer.args.cache_frozen_layers is False:
+        return CachePlan("cache_frozen_layers=False")
+    frozen = frozen_below(trainer.model, sites)
+    if frozen is None:
+        return CachePlan("there are no frozen layers below the lowest bias that is trained")
+    reason = _reason_against(trainer, frozen, engine)
+    if reason is not None:
+        return CachePlan(reason, frozen)
+    needed, free = states_bytes(trainer), _free_memory(trainer.args)
+    if needed is not None and needed > free:
+        reason = f"their states take {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} GiB for them"
+    return CachePlan(reason, frozen, needed, free)
+
+
+def _reason_against(trainer: Any, frozen: FrozenLayers, engine: str) -> str | None:
     args = trainer.args
-    found = frozen_below(trainer.model, sites)
-    if found is None:
-        return "there are no frozen layers below the lowest bias that is trained"
     if args.neftune_noise_alpha:
         return f"neftune_noise_alpha={args.neftune_noise_alpha} gives them other numbers each time"
-    noise = _first_noise(found)
+    noise = _first_noise(frozen)
     if noise is not None:
         return f"{noise} gives other numbers each time"
-    if getattr(found.around[0].config, "output_router_logits", False):
+    if getattr(frozen.around[0].config, "output_router_logits", False):
         return "output_router_logits=True asks for the routers of every layer"
     if engine in SPLIT_AT_LOADING:
         return "ZeRO-3 gathers the weights of every layer in every process"
@@ -294,9 +325,6 @@ def reason_against(trainer: Any, sites: Sequence[BiasSite], engine: str) -> str 
         return f"one process for {args.n_gpu} GPUs copies the model in each step. Launch a process for each"
     if not hasattr(trainer.train_dataset, "__len__"):
         return "the rows are a stream, which need not give one twice"
-    needed, limit = states_bytes(trainer), _free_memory(args)
-    if needed is not None and needed > limit:
-        return f"their states take {needed / 2**30:.1f} GiB, of {limit / 2**30:.1f} GiB for them"
     return None
 
 
@@ -315,12 +343,6 @@ def states_bytes(trainer: Any) -> int | None:
     tokens = sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for part in batches for batch in part)
     base = trainer.model.get_base_model()
     return tokens * base.config.get_text_config().hidden_size * base.dtype.itemsize
-
-
-def _limit(trainer: Any) -> int:
-    """Twice what is needed: an evaluation can be in another precision. Rows that never come back reach it."""
-    needed, free = states_bytes(trainer), _free_memory(trainer.args)
-    return free if needed is None else min(2 * needed, free)
 
 
 def _free_memory(args: Any) -> int:

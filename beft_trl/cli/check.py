@@ -23,7 +23,7 @@ from ..config import BeftSFTConfig
 from ..data.labels import LabelAudit, audit_labels, untruncated
 from ..data.rows import prepare_rows
 from ..engines import engine_of, precision_of, refuse_cell
-from ..frozen_cache import reason_against, states_bytes
+from ..frozen_cache import plan_cache
 from ..layout import BiasSites, find_bias_sites, sites_of_term
 from ..scoring import score_steps
 from ..spans import sites_in
@@ -217,11 +217,9 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
     with check.noting():
         check.steps = run_steps(trainer)
         check.score_steps = score_steps(args.score_steps, check.steps) if args.bias_term == "auto" else 0
-    if args.cache_frozen_layers is False:
-        check.frozen_computed = "cache_frozen_layers=False"
-    else:
-        check.frozen_computed = reason_against(trainer, trainer.bias_sites, check.engine or "single")
-    check.frozen_states = states_bytes(trainer) if check.frozen_computed is None else None
+    plan = plan_cache(trainer, trainer.bias_sites, check.engine or "single")
+    check.frozen_computed = plan.reason
+    check.frozen_states = plan.needed if plan.reason is None else None
     with check.noting():
         # As a checkpoint has them.
         planned.per_device_train_batch_size = args.per_device_train_batch_size
