@@ -41,6 +41,11 @@ def mean_loss(rows: Sequence[RowLoss]) -> float:
     return sum(row.nll for row in rows) / sum(row.tokens for row in rows)
 
 
+def share_right(rows: Sequence[RowLoss]) -> float:
+    """Share of rows of which each token is the likeliest."""
+    return sum(row.right for row in rows) / len(rows)
+
+
 @dataclass
 class Evaluation:
     """The figures of one model on some rows.

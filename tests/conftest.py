@@ -1,5 +1,6 @@
 """Tiny models and data, built from config classes: nothing is downloaded."""
 
+import gc
 import os
 
 
@@ -111,6 +112,15 @@ def full_batch(tokenizer, rows):
         "labels": pad(labels, batch_first=True, padding_value=-100),
         "attention_mask": pad([torch.ones_like(ids) for ids in sequences], batch_first=True),
     }
+
+
+@pytest.fixture(scope="module")
+def fast_collection():
+    """Every end of a run collects garbage, and looks at all that the imports have made: a third of a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

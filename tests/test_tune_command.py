@@ -1,6 +1,5 @@
 """`beft tune` from end to end: what it writes, what goes on, who shares it, and what it refuses."""
 
-import gc
 import json
 import signal
 import subprocess
@@ -38,12 +37,7 @@ from beft_trl.tuning.trials import Bench  # noqa: E402
 BEFT = Path(sys.executable).parent / "beft"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_collection():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("fast_collection")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A search for settings: its rows, its trials next to ordinary runs, its choice, and what it leaves."""
 
-import gc
 import sys
 from pathlib import Path
 from statistics import stdev
@@ -44,13 +43,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_collection():
-    """Every end of a run collects garbage, and looks at all that the imports have made: a third of a second."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("fast_collection")
 
 
 def class_rows(count, seed=0):

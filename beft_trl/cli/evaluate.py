@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..engines import slow_16_bits
 from ..evaluation import OTHER, Evaluation, choices_of, completions_of, evaluate
@@ -24,7 +24,6 @@ from .data_files import read_file
 from .recipe import DTYPES, as_prompts
 
 
-ADAPTER_CONFIG = "adapter_config.json"
 MORE_THAN_A_NAME = ("/", ".", "~")  # how paths begin
 
 
@@ -96,11 +95,11 @@ def _targets(names: Sequence[str], base: str | None) -> list[Target]:
     """What is measured, each base before its adapters, in the order of the names."""
     targets: list[Target] = []
     for name in names:
-        if not os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
+        if not os.path.isfile(os.path.join(name, ADAPTER_CONFIG_NAME)):
             _refuse_no_model(name)
             targets.append(Target(name, "model", name))
             continue
-        config = read_json(Path(name) / ADAPTER_CONFIG, "Take another checkpoint.")
+        config = read_json(Path(name) / ADAPTER_CONFIG_NAME, "Take another checkpoint.")
         if config.get("peft_type") == "BEFT":
             read_adapter(Path(name))  # says what is damaged
         of = base or config.get("base_model_name_or_path")
@@ -124,8 +123,8 @@ def _refuse_no_model(name: str, before: str = "", remedy: str = "") -> None:
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, CONFIG_NAME)):
             raise FileNotFoundError(
-                f"{before}{name} has no {CONFIG_NAME} and no {ADAPTER_CONFIG}: it is neither a model nor an adapter. "
-                f"{remedy}".strip()
+                f"{before}{name} has no {CONFIG_NAME} and no {ADAPTER_CONFIG_NAME}: it is neither a model nor an "
+                f"adapter. {remedy}".strip()
             )
     elif not name or name.startswith(MORE_THAN_A_NAME) or name.count("/") > 1 or os.path.exists(name):
         raise FileNotFoundError(f"{before}{name!r} is no folder. {remedy}".strip())

@@ -41,6 +41,11 @@ Launch = Annotated[
     typer.Option(help="Launch configuration: ddp, zero1, zero2, zero3, ..., or a file of accelerate's."),
 ]
 
+NewFolder = Annotated[Path, typer.Option(help="Folder to write, new or empty.")]
+Base = Annotated[
+    str | None, typer.Option(help="Folder or hub name of the base model. Default: what the adapter names.")
+]
+
 
 @app.callback()
 def options(
@@ -132,7 +137,7 @@ def tune(
 ) -> None:
     """Searches term, layers, rate and steps by the loss on rows that are held back, and trains the winner.
 
-    The test file is for the final figure alone. An interrupted search goes on with the same command.
+    The test file is only for the final figure. An interrupted search goes on with the same command.
     """
     if launch is not None:
         from .launch import launch_command, launched_engine
@@ -195,10 +200,8 @@ def info(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) 
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Option(help="Folder of the adapter, of this package or of plain PEFT.")],
-    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
-    base: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the base model. Default: what the adapter names.")
-    ] = None,
+    output: NewFolder,
+    base: Base = None,
     output_projection: Annotated[
         bool, typer.Option("--output-projection", help="Turn the value bias into one of the output projection.")
     ] = False,
@@ -217,10 +220,8 @@ def merge(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter, of this package or of plain PEFT.")],
-    output: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
-    base: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the base model. Default: what the adapter names.")
-    ] = None,
+    output: NewFolder,
+    base: Base = None,
     rows: Annotated[
         Path | None,
         typer.Option(help="A few hundred rows like those of the run. Not needed if the vectors of the base are kept."),

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from rich.console import Console
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..aside import run_steps
 from ..checkpoints import check_writable
 from ..deltas import gather_deltas, set_deltas
 from ..engines import ENGINES, engine_of
-from ..evaluation import mean_loss
+from ..evaluation import mean_loss, share_right
 from ..identity import identify_run
 from ..trainer import BeftSFTTrainer
 from ..tuning.outcome import PICTURE_FILE, RESULT_FILE, Choice, choose, picture_of, section_of, table_of, to_json
@@ -30,7 +31,6 @@ from .tuned_recipe import given_values, recipe_text
 
 TUNED_FILE = "tuned.yaml"
 TRIALS = "trials"  # the folder of the trials' biases
-ADAPTER_CONFIG = "adapter_config.json"
 LOGGED = ("logging_strategy", "report_to", "disable_tqdm")
 TUNE_ENGINES = ("single", "ddp")
 
@@ -99,7 +99,7 @@ def tune(
     args = parsed.training if parsed is not None else trainer.args
     folder = Path(output) if output is not None else Path(f"{Path(str(args.output_dir))}-tuned")
     check_writable(folder)
-    if (folder / ADAPTER_CONFIG).exists() and not (folder / RESULT_FILE).exists():
+    if (folder / ADAPTER_CONFIG_NAME).exists() and not (folder / RESULT_FILE).exists():
         raise ValueError(
             f"{folder} holds an adapter that no search wrote, and this one would take its place. Give another "
             "--output."
@@ -163,7 +163,7 @@ def _refuse_used(trainer: BeftSFTTrainer) -> None:
     ]
     if type(trainer) is not BeftSFTTrainer or own:
         raise ValueError(
-            f"The trials are runs of BeftSFTTrainer with its settings alone, and this trainer has its own "
+            f"The trials are runs of BeftSFTTrainer with only its settings, and this trainer has its own "
             f"{', '.join(own) or 'class, ' + type(trainer).__name__}: they would be left out. Give one without."
         )
 
@@ -282,5 +282,5 @@ def _train_winner(bench: Bench, choice: Choice, result: _Result) -> dict[str, fl
             trainer.save_model(str(result.folder))
             if bench.tested:
                 rows = bench.losses(trainer, bench.tested)
-                return {"loss": mean_loss(rows), "accuracy": sum(row.right for row in rows) / len(rows)}
+                return {"loss": mean_loss(rows), "accuracy": share_right(rows)}
     return {}

@@ -24,7 +24,7 @@ def given_values(recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     Args:
         recipe: a YAML file that has been parsed without an error.
-        overrides: as `--name value`, `--name=value`, or a flag alone.
+        overrides: as `--name value`, `--name=value`, or a flag by itself.
     """
     values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}
     name: str | None = None

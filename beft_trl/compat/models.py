@@ -53,7 +53,7 @@ def forget_input_gradients(model: Any) -> None:
     """Takes the hooks off by which the embeddings' output requires a gradient.
 
     PEFT, TRL and Transformers each ask for them with gradient checkpointing, and `disable_input_require_grads` knows
-    those of the last alone (Transformers 5.23). This goes when it takes off all of them.
+    only those of the last (Transformers 5.23). This goes when it takes off all of them.
     """
     model.disable_input_require_grads()
     for module in model.modules():

@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from .judge import Verdict, compare
+from ..evaluation import share_right
+from .judge import Verdict, all_rows, compare
 from .space import Settings, Space
 from .study import Record, Soup
 
@@ -104,8 +105,7 @@ def rows_of_table(choice: Choice) -> Iterator[list[str]]:
     if choice.soup is not None:
         first = choice.soup.members[0].settings
         numbers = "+".join(str(record.number) for record in choice.soup.members)
-        rows = [row for fold in choice.soup.rows for row in fold]
-        accuracy = sum(row.right for row in rows) / len(rows)
+        accuracy = share_right(all_rows(choice.soup.rows))
         state = "chosen" if choice.kind == "soup" else "mean"
         yield [
             numbers, first.term, first.layers, "", "", f"{choice.soup.loss:.4f}", f"{accuracy:.3f}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import RowLoss, mean_loss
+from ..evaluation import RowLoss, mean_loss, share_right
 from .judge import all_rows
 from .space import Settings, Space
 from .trials import Bench, Stopped, load_deltas, mean_deltas, save_deltas
@@ -238,7 +238,7 @@ class Search:
         return [record for trial in self.study.trials if (record := _record(trial)) is not None]
 
     def soup(self, records: list[Record]) -> Soup | None:
-        """The mean of the best trials of the winner's term and layers, judged; `None` if it has one alone.
+        """The mean of the best trials of the winner's term and layers, judged; `None` if there is only one.
 
         Every process calls it, with the records of the first.
         """
@@ -272,7 +272,7 @@ def _record(trial: Any) -> Record | None:
         Settings(**{name: params[name] for name in Settings._fields}),
         state.get(trial.state, "stopped"),
         trial.value if trial.value is not None else last,
-        None if rows is None else sum(row.right for row in all_rows(rows)) / len(all_rows(rows)),
+        None if rows is None else share_right(all_rows(rows)),
         attributes.get("seconds"),
         rows,
     )

@@ -42,8 +42,7 @@ ADAPTERS = {
     "LoRA r=16, all linear": lambda: LoraConfig(r=16, target_modules="all-linear"),
 }
 BARE = ("floor", "bare loop")
-# The layers, whether their activations are checkpointed, and whether what the frozen ones give is kept; all layers, no
-# and no without an entry.
+# What differs from the other arms, which train all layers, so that none is frozen, and checkpoint no activations.
 SPANS = {
     "BEFT upper": {"bias_layers": "upper", "cache_frozen_layers": False},
     "BEFT upper, first epoch": {"bias_layers": "upper"},
