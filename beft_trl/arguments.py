@@ -55,8 +55,8 @@ def arguments_by_name(init: Callable, args: tuple, kwargs: dict[str, Any]) -> di
 
 def name_of(model: Any) -> str:
     """The last part of a model's name or path, for a folder of its runs."""
-    name = model.config.name_or_path if isinstance(model, nn.Module) else str(model)
-    return Path(name or "model").name
+    name: Any = model.config if isinstance(model, nn.Module) else model
+    return Path(str(getattr(name, "name_or_path", name)) or "model").name
 
 
 def refuse_arguments(given: dict[str, Any]) -> None:

@@ -3,13 +3,14 @@
 The reference model of all of them is the frozen base with the biases switched off: there is no second copy of it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import (
     DPOConfig,
@@ -24,8 +25,11 @@ from trl import (
     RLOOTrainer,
 )
 
-from .arguments import check_settings
+from .arguments import check_settings, name_of
+from .compat.rollouts import send_only_biases
 from .config import RELATIVE_LEARNING_RATE, BeftConfigMixin, RelativeRatesMixin
+from .deltas import whole_biases
+from .layout import find_bias_sites
 from .mixin import BeftTrainerMixin
 
 
@@ -106,8 +110,24 @@ class _FromRewards(BeftTrainerMixin):
         super().__init__(*positional, **kwargs)
         self.add_callback(_RewardsDiffer(self))
 
+        if self.use_vllm:
+            send_only_biases(self.vllm_generation, self._trained_biases)
+
     def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
-        check_settings(given["args"])
+        args = given["args"]
+        check_settings(args)
+        bare = next((site.module for site in find_bias_sites(skeleton) if not site.has_bias), None)
+        if args.use_vllm and bare is not None:
+            name = name_of(given["model"])
+            raise ValueError(
+                f"use_vllm=True sends vLLM the trained biases, and it has no room for them: {bare} has no bias. Write "
+                f"the base with biases of zero, beft merge --base {name} --output {name}-biases, and train that (and "
+                "start the server with it)."
+            )
+
+    def _trained_biases(self) -> Iterator[tuple[str, Tensor]]:
+        for path, bias in whole_biases(self.model, self._deltas.sites).items():
+            yield f"{path}.bias", bias.to(self.accelerator.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **kwargs: Any):
         if model.training:

@@ -3,6 +3,7 @@
 import math
 from statistics import fmean
 
+import architectures
 import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
@@ -11,6 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, set_seed
 from trl import RewardConfig
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from beft_trl import (
     BeftDPOConfig,
@@ -24,6 +27,7 @@ from beft_trl import (
     BeftRLOOConfig,
     BeftRLOOTrainer,
 )
+from beft_trl.compat.rollouts import send_only_biases
 
 
 COMMON = {
@@ -330,3 +334,40 @@ def test_a_run_without_a_configuration_is_named_after_its_model(tmp_path, monkey
     make_llama().save_pretrained("base")
     trainer = BeftDPOTrainer("base", train_dataset=pairs(), processing_class=make_tokenizer())
     assert trainer.args.output_dir == "base-BEFT" and isinstance(trainer.args, BeftDPOConfig)
+
+
+def make_rollouts(trainer, sleeps):
+    """TRL's sender of weights, without the engine that it sends them to."""
+    generation = object.__new__(VLLMGeneration)
+    generation.model, generation.enable_sleep_mode = trainer.model, sleeps
+    generation._dist = DistributedBackend(trainer.accelerator)
+    send_only_biases(generation, trainer._trained_biases)
+    return dict(generation._iter_named_params())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "bloom"])
+def test_what_vllm_is_sent_makes_the_base_the_trained_model(tmp_path, name):
+    """The biases into the base as it was loaded, and all that an engine which slept is sent into a model of noise."""
+    model = architectures.build(name)
+    model.config.name_or_path = ""
+    base = {key: values.clone() for key, values in model.state_dict().items()}
+    trainer = make_grpo(model, tmp_path, bias_term="value", learning_rate=0.1)
+    trainer.train()
+    with torch.inference_mode():
+        expected = trainer.model.eval()(**BATCH).logits
+    plain = architectures.build(name)
+    biases = make_rollouts(trainer, sleeps=False)
+    assert all(path.endswith(".bias") for path in biases) and len(biases) == plain.config.num_hidden_layers
+    plain.load_state_dict(base | biases)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(**BATCH).logits, expected, rtol=0, atol=1e-5)
+        assert not torch.equal(architectures.build(name)(**BATCH).logits, expected)
+        noise = type(plain)(plain.config).eval()
+        missing, unexpected = noise.load_state_dict(make_rollouts(trainer, sleeps=True), strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+        torch.testing.assert_close(noise(**BATCH).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_rollouts_of_a_base_without_biases_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="beft merge --base model --output model-biases"):
+        make_grpo(make_llama(), tmp_path, use_vllm=True)
