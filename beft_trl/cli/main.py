@@ -99,6 +99,7 @@ def score(
 ) -> None:
     """Runs only the scoring pass, prints its table, and writes the scores and their heat map."""
     counts = _numbers(steps)
+    _tell_working(f"Reading {recipe}")
     from .run import score as run_score
 
     run_score(_parse(recipe, [*context.args, "--bias_term", "auto"]), counts, output)
@@ -114,6 +115,7 @@ def train(context: typer.Context, recipe: RecipePath, launch: Launch = None) -> 
         from .launch import launch_command
 
         raise typer.Exit(subprocess.call(launch_command(launch, ["train", recipe, *context.args])))
+    _tell_working(f"Reading {recipe}")
     from .run import leave
     from .run import train as run_train
 
@@ -150,6 +152,7 @@ def tune(
         options = [str(part) for name, value in given.items() if value is not None for part in (name, value)]
         command = ["tune", recipe, "--trials", str(trials), *options, *context.args]
         raise typer.Exit(subprocess.call(launch_command(launch, command)))
+    _tell_working(f"Reading {recipe}")
     from .run import leave
     from .tune import tune as run_tune
 
@@ -268,7 +271,6 @@ def merge_beft(config: Path, output: Path | None, verify: bool) -> None:
 
 
 def _parse(recipe: str, overrides: Sequence[str]) -> "Recipe":
-    _tell_working(f"Reading {recipe}")
     from .recipe import parse_recipe
 
     return parse_recipe(["--config", recipe, *overrides])
