@@ -86,7 +86,7 @@ def evaluate_targets(
             model.to(device)
             loaded = target.base
         subject = model if target.adapter is None else load_adapter(model, target.adapter)
-        figures = evaluate(subject.eval(), tokenizer, rows, choices, batch_size, max_new_tokens)
+        figures = evaluate(subject.eval(), tokenizer, rows, choices, batch_size, max_new_tokens, bars=True)
         measured.append((target, figures))
         if target.adapter is not None:
             model = subject.unload()

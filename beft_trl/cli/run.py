@@ -185,9 +185,8 @@ def measure(trainer: BeftSFTTrainer, questions: Any) -> Measured:
     tokenizer: Any = trainer.processing_class
     if trainer.eval_dataset is not None:
         measured["loss"] = trainer.evaluate()["eval_loss"]
-    if len(questions) and not trainer.args.disable_tqdm and sys.stderr.isatty():
-        trainer.accelerator.print(f"Answering {len(questions)} held-out rows ...", file=sys.stderr, flush=True)
-    measured.answers = write(trainer.model, tokenizer, questions)
+    quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+    measured.answers = write(trainer.model, tokenizer, questions, bar=None if quiet else "Answers")
     if len(questions):
         measured["accuracy"] = share_equal(measured.answers, completions_of(questions))
     return measured
