@@ -137,7 +137,7 @@ class Recipe(NamedTuple):
     """A recipe as it was read."""
 
     script: BeftScriptArguments
-    training: BeftSFTConfig
+    training: Any  # a BeftSFTConfig, or what the recipe was read as
     model: ModelConfig
     dataset: DatasetMixtureConfig
 
@@ -152,14 +152,18 @@ class Recipe(NamedTuple):
         return Path(str(self.training.output_dir))
 
 
-def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
+def parse_recipe(argv: Sequence[str] | None = None, config: type = BeftSFTConfig) -> Recipe:
     """Reads `--config RECIPE.yaml` and the overrides after it with TRL's own parser.
+
+    Args:
+        argv: the command line. Default: that of the process.
+        config: class of the training configuration, such as [`BeftGRPOConfig`].
 
     Raises:
         OSError, ValueError: for a file that is missing or not YAML, values of a wrong type, and keys that no field
             has, with the nearest one that exists.
     """
-    dataclasses: Any = (BeftScriptArguments, BeftSFTConfig, ModelConfig, DatasetMixtureConfig)
+    dataclasses: Any = (BeftScriptArguments, config, ModelConfig, DatasetMixtureConfig)
     parser = RecipeParser(dataclasses)
     argv = [re.sub("^--torch[-_]dtype(?=$|=)", "--dtype", text) for text in (sys.argv[1:] if argv is None else argv)]
     try:
