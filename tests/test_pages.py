@@ -42,7 +42,7 @@ CONTRIBUTING = TEXT["CONTRIBUTING.md"]
 COMMANDS = typer.main.get_command(app).commands
 # Commands of other programs, which are not looked at.
 OTHERS = {"axolotl", "git", "llama-server", "transformers", "twine", "vllm"}
-ROWS = {"support_train.jsonl": 48, "support_test.jsonl": 12}  # of the demo's messages: each takes its time
+ROWS = {"support_train.jsonl": 24, "support_test.jsonl": 12}  # of the demo's messages: each takes its time
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -72,7 +72,7 @@ def beft(words: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory):
+def there(tmp_path_factory, fast_collection):
     """The demo's folder as the current one, where tiny models stand for those of the hub."""
     folder = tmp_path_factory.mktemp("pages")
     tokenizer = make_tokenizer()
