@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from .merge.adapter import MergeReport, merge_adapter
     from .mixin import BeftTrainerMixin
     from .mixing import add_adapter, swap_adapter
+    from .rl import (
+        BeftDPOConfig,
+        BeftDPOTrainer,
+        BeftGRPOConfig,
+        BeftGRPOTrainer,
+        BeftKTOConfig,
+        BeftKTOTrainer,
+        BeftRewardConfig,
+        BeftRewardTrainer,
+        BeftRLOOConfig,
+        BeftRLOOTrainer,
+    )
     from .trainer import BeftSFTTrainer, BeftTrainer
     from .tuner import load_adapter
     from .weight_files import MergeError
@@ -23,6 +35,16 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "BeftConfigMixin": "config",
+    "BeftDPOConfig": "rl",
+    "BeftDPOTrainer": "rl",
+    "BeftGRPOConfig": "rl",
+    "BeftGRPOTrainer": "rl",
+    "BeftKTOConfig": "rl",
+    "BeftKTOTrainer": "rl",
+    "BeftRLOOConfig": "rl",
+    "BeftRLOOTrainer": "rl",
+    "BeftRewardConfig": "rl",
+    "BeftRewardTrainer": "rl",
     "BeftSFTConfig": "config",
     "BeftSFTTrainer": "trainer",
     "BeftTrainer": "trainer",
@@ -37,9 +59,9 @@ _MODULE_OF = {
     "add_adapter": "mixing",
     "export_lora": "export.lora",
     "find_bias_sites": "layout",
-    "swap_adapter": "mixing",
     "load_adapter": "tuner",
     "merge_adapter": "merge",
+    "swap_adapter": "mixing",
     "tune": "cli.tune",
 }
 __all__ = list(_MODULE_OF)

@@ -40,7 +40,7 @@ def arguments_by_name(init: Callable, args: tuple, kwargs: dict[str, Any]) -> di
         TypeError: for arguments that the trainer does not take.
     """
     signature = inspect.signature(init)
-    if len(args) == 2 and isinstance(args[1], BeftConfigMixin):
+    if len(args) == 2 and isinstance(args[1], (BeftConfigMixin, type(None))):
         args, kwargs = args[:1], {**kwargs, "args": args[1]}
     given = signature.bind(*args, **kwargs).arguments
     for name, parameter in signature.parameters.items():
@@ -51,6 +51,12 @@ def arguments_by_name(init: Callable, args: tuple, kwargs: dict[str, Any]) -> di
     if isinstance(given.get("model"), Path):
         given["model"] = str(given["model"])
     return given
+
+
+def name_of(model: Any) -> str:
+    """The last part of a model's name or path, for a folder of its runs."""
+    name: Any = model.config if isinstance(model, nn.Module) else model
+    return Path(str(getattr(name, "name_or_path", name)) or "model").name
 
 
 def refuse_arguments(given: dict[str, Any]) -> None:

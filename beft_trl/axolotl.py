@@ -37,7 +37,8 @@ from .tuner import attach_deltas, beft_config, delta, load_adapter
 # What excludes `adapter: beft`, with the reason and the remedy.
 CONFLICTS = {
     "unfrozen_parameters": "it would train parts of the frozen base, and freeze the biases. Leave it out.",
-    "rl": "preference training through Axolotl is not supported. Use BeftTrainerMixin before TRL's own DPOTrainer.",
+    "rl": "Axolotl (0.21) makes these trainers of a plugin without a model, and without the plugin's settings. Use "
+    "BeftDPOTrainer, BeftKTOTrainer or BeftGRPOTrainer of beft_trl in a script.",
     "fsdp": NO_FSDP,
     "fsdp_config": NO_FSDP,
     "relora": "it restarts LoRA matrices, and there are none.",

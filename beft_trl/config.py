@@ -230,27 +230,52 @@ def check_values(settings: Mapping[str, Any]) -> None:
 
 
 @dataclass
-class BeftSFTConfig(BeftConfigMixin, SFTConfig):
-    """`trl.SFTConfig` with the BEFT settings of [`BeftConfigMixin`] and defaults that suit biases.
+class RelativeRatesMixin(BeftConfigMixin):
+    """[`BeftConfigMixin`] for TRL's configurations, with learning rates and a precision that suit biases.
 
     Args:
         learning_rate: one for all layers, as in TRL. Without it each layer learns at `relative_learning_rate`, by
             default 0.05, of what its projection gives, since a bias of a size that is right in one layer is nothing in
             another. Giving both is an error.
-        num_train_epochs: as many as [`enough_steps`] take, if neither it nor `max_steps` is given.
-        per_device_train_batch_size: 2. Many small steps teach a bias more than few large ones.
-        weight_decay: 0.0. Decay would pull a bias back towards the pretrained one.
         bf16: on if neither it nor `fp16` is given and the device is a GPU that can. TRL's own default is an error
             on one that cannot, and on a CPU without AVX512 a hundred times slower than fp32.
     """
 
-    learning_rate: float | None = field(  # type: ignore[assignment]
+    learning_rate: float | None = field(
         default=None,
         metadata={
             "help": "The initial learning rate, one for all layers. Default: `relative_learning_rate`, "
             f"{RELATIVE_LEARNING_RATE}, of what each layer's projection gives."
         },
     )
+    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision. Default: on GPUs that can."})
+
+    def __post_init__(self):
+        if self.learning_rate is None:
+            if self.relative_learning_rate is None:
+                self.relative_learning_rate = RELATIVE_LEARNING_RATE
+            self.learning_rate = self.relative_learning_rate  # which the schedule scales
+        elif self.relative_learning_rate is not None and self.learning_rate != self.relative_learning_rate:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} is one for all layers, and relative_learning_rate="
+                f"{self.relative_learning_rate} gives each layer its own: the two exclude each other. Leave one out."
+            )
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+
+
+@dataclass
+class BeftSFTConfig(RelativeRatesMixin, SFTConfig):
+    """`trl.SFTConfig` with the settings of [`BeftConfigMixin`] and [`RelativeRatesMixin`], and defaults that suit
+    biases.
+
+    Args:
+        num_train_epochs: as many as [`enough_steps`] take, if neither it nor `max_steps` is given.
+        per_device_train_batch_size: 2. Many small steps teach a bias more than few large ones.
+        weight_decay: 0.0. Decay would pull a bias back towards the pretrained one.
+    """
+
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the biases."})
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None,
@@ -266,17 +291,6 @@ class BeftSFTConfig(BeftConfigMixin, SFTConfig):
     def __post_init__(self):
         if self.num_train_epochs is None and self.max_steps > 0:
             self.num_train_epochs = 3.0  # which max_steps overrides
-        if self.learning_rate is None:
-            if self.relative_learning_rate is None:
-                self.relative_learning_rate = RELATIVE_LEARNING_RATE
-            self.learning_rate = self.relative_learning_rate  # which the schedule scales
-        elif self.relative_learning_rate is not None and self.learning_rate != self.relative_learning_rate:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} is one for all layers, and relative_learning_rate="
-                f"{self.relative_learning_rate} gives each layer its own: the two exclude each other. Leave one out."
-            )
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
 
 

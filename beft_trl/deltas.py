@@ -79,6 +79,20 @@ def native_biases(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite,
         }
 
 
+def whole_biases(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Tensor]:
+    """What the projections of `sites` add in all, their own bias and the delta, by the path of the projection.
+
+    Shape (out_features,), summed in fp32, on the CPU and in the dtype of the bias. A collective under ZeRO.
+    """
+    deltas = _gather_vectors(model, sites)
+    biases = {path: projection(model, path).bias for path in deltas}
+    with _gathered(list(biases.values())):
+        return {
+            path: (bias.detach().float().cpu() + deltas[path].flatten()).to(bias.dtype)
+            for path, bias in biases.items()
+        }
+
+
 def gather_saved_whole(model: PeftModel) -> dict[str, Tensor]:
     """Full fp32 copies on the CPU of [`parameters_saved_whole`], by name. A collective under ZeRO."""
     parameters = parameters_saved_whole(model)

@@ -21,7 +21,7 @@ from transformers.training_args import ParallelMode
 from trl import RewardTrainer
 
 from . import report
-from .arguments import arguments_by_name, refuse_arguments
+from .arguments import arguments_by_name, name_of, refuse_arguments
 from .aside import run_steps
 from .checkpoints import (
     check_writable,
@@ -123,6 +123,7 @@ class BeftTrainerMixin:
         TypeError, ValueError: for arguments that exclude each other or that cannot train, before anything is loaded.
     """
 
+    _config_class: type | None = None  # whose defaults a run has that is given no `args`
     args: Any
     model: Any
     bias_scores: BiasScores | None = None
@@ -135,6 +136,8 @@ class BeftTrainerMixin:
 
     def __init__(self, *positional: Any, **kwargs: Any):
         given = arguments_by_name(super().__init__, positional, kwargs)
+        if given.get("args") is None and self._config_class is not None:
+            given["args"] = self._config_class(f"{name_of(given.get('model'))}-BEFT")
         refuse_arguments(given)
         model, args = given["model"], given["args"]
         check_writable(args.output_dir)
@@ -202,6 +205,13 @@ class BeftTrainerMixin:
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, rows in {"train": self.train_dataset, **held_out}.items():
             check_tokens(rows, name, vocabulary, positions)
+
+    def why_no_gradient(self) -> str:
+        """What usually keeps a loss from depending on any bias, and what to do: for the error that says so."""
+        return (
+            "Usually all labels are masked (-100): look at completion_only_loss, assistant_only_loss, max_length and "
+            "the data collator. `beft check` shows what is learnt."
+        )
 
     def score(self, score_steps: int | None = None) -> BiasScores:
         """Runs the scoring pass only, and leaves the model, the data order and the random state as they were.

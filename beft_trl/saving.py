@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from . import report
 from .checkpoints import last_complete_checkpoint
@@ -44,6 +44,9 @@ def whole_or_nothing(folder: Path) -> Iterator[Path]:
             target = folder / path.name
             if path.is_dir():
                 remove(target)
+            if path.name == ADAPTER_SAFE_WEIGHTS_NAME:
+                # safetensors (0.8) lets only the owner read it, and a server often runs as another user.
+                shutil.copymode(folder / ADAPTER_CONFIG_NAME, path)
             path.replace(target)
     finally:
         remove(staged)

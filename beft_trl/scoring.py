@@ -78,9 +78,8 @@ def score_biases(trainer: Any, deltas: Deltas, sites: BiasSites, steps: int, run
                 untouched = _train_aside(trainer, deltas, steps, 0.0, run, probe, progress)
             if not any(values.any() for values in probe.gradients.values()):
                 raise ValueError(
-                    f"No bias has a gradient in the first {steps} steps: the loss depends on none of them. Usually "
-                    "all labels are masked (-100): look at completion_only_loss, assistant_only_loss, max_length and "
-                    "the data collator. `beft check` shows what is learnt."
+                    f"No bias has a gradient in the first {steps} steps: the loss depends on none of them. "
+                    + trainer.why_no_gradient()
                 )
             judged, notes = judge_dead(sites, probe.gradients, _precision(trainer))
             live = [site for site in judged if site in probe.gradients and site.dead is None]

@@ -33,6 +33,7 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
     ```
     """
 
+    _config_class = BeftSFTConfig
     _tag_names = ["trl", "sft", "beft"]
     _name = "BEFT"
     _paper = report.PAPER
@@ -44,11 +45,8 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
         *positional: Any,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model.config.name_or_path if isinstance(model, nn.Module) else model
-            args = BeftSFTConfig(f"{Path(name or 'model').name}-BEFT")
         super().__init__(model, args, *positional, **kwargs)
-        refuse_absent_anchor(args, self.bias_sites)
+        refuse_absent_anchor(self.args, self.bias_sites)
         refuse_too_few_rows(self)
         give_enough_steps(self)
 
@@ -105,6 +103,7 @@ class BeftTrainer(BeftTrainerMixin, Trainer):
     ```
     """
 
+    _config_class = BeftTrainingArguments
     _tag_names = ["beft"]
 
     def __init__(self, model: PreTrainedModel, args: BeftTrainingArguments | None = None, **kwargs: Any):
@@ -113,7 +112,6 @@ class BeftTrainer(BeftTrainerMixin, Trainer):
                 f"BeftTrainer takes a loaded model, got {model!r}. Load it with the class of its task, such as "
                 "AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)."
             )
-        args = args or BeftTrainingArguments(f"{Path(model.config.name_or_path or 'model').name}-BEFT")
         super().__init__(model, args, **kwargs)
         # BERT's forward pass takes any keyword, so Transformers believes that it divides its loss by
         # `num_items_in_batch`, and multiplies by the processes; it is a plain mean (huggingface/transformers#47688).

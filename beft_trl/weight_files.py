@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import xxhash
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -331,7 +332,7 @@ class CheckpointFiles:
                 copy_done.result()
         if added:
             last = _shard_name(count, count)
-            save_file(added, folder / last, metadata={"format": "pt"})
+            write_tensors(folder / last, added, {"format": "pt"})
             weight_map = {name: new_name[shard] for name, shard in self.file_of.items()} | dict.fromkeys(added, last)
             size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -340,6 +341,14 @@ class CheckpointFiles:
             shutil.copyfile(self.index, folder / SAFE_WEIGHTS_INDEX_NAME)
         names = sorted(name for shard in changed.values() for name in shard)
         return names, sorted(added), {shard: future.result() for shard, future in hashes.items()}, written
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read if the process's umask lets them.
+
+    `save_file` of safetensors (0.8) lets only its owner, and a server often runs as another user.
+    """
+    file.write_bytes(save(dict(tensors), metadata))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -264,7 +264,7 @@ def validate(config):
     ("changes", "message"),
     [
         ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters and adapter: beft exclude each other"),
-        ({"rl": "dpo"}, "rl and adapter: beft exclude each other: preference training"),
+        ({"rl": "dpo"}, "rl and adapter: beft exclude each other: Axolotl .*without a model"),
         ({"fsdp_config": {"offload_params": True}}, "fsdp_config and adapter: beft exclude each other"),
         ({"beft_bias_trem": "value"}, "beft_bias_trem is no setting: did you mean beft_bias_term"),
         ({"beft_bias_term": "middle"}, "beft_bias_term"),

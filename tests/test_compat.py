@@ -161,3 +161,9 @@ def test_embeddings_forget_that_their_output_requires_a_gradient():
     assert len(model.get_input_embeddings()._forward_hooks) == 3
     models.forget_input_gradients(model)
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_trl_takes_what_it_sends_to_vllm_from_one_place():
+    code = source("trl.generation.vllm_generation")
+    assert len(re.findall(r"in self\._iter_named_params\(\)|, self\._iter_named_params\(\)", code)) == 4
+    assert "self._dist.gather_params([param])" in code and "enable_sleep_mode" in code

@@ -136,6 +136,10 @@ def test_files_and_what_a_process_without_peft_reads(tmp_path):
         assert written == (base - {"model.safetensors"} | shards if report.added else base) | {"README.md"}
         after = {}
         for shard in (folder / "merged").glob("*.safetensors"):
+            assert (
+                name == "bert"
+                or shard.stat().st_mode & ~0o600 == (folder / "merged" / "README.md").stat().st_mode & ~0o600
+            )
             after |= load_file(shard)
         assert after.keys() - before.keys() == set(report.added)
         assert {key for key in before if not torch.equal(before[key], after[key])} == set(report.changed)

@@ -1,6 +1,7 @@
 """What README and docs/ tell a user to type works, their tables are those of the code, their links lead somewhere."""
 
 import ast
+import importlib
 import io
 import json
 import os
@@ -17,8 +18,10 @@ import pytest
 import typer
 import yaml
 from conftest import make_llama, make_tokenizer
-from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, TrainingArguments
+from trl import ScriptArguments, SFTConfig
 
+import beft_trl
 from beft_trl import BeftSFTConfig, BeftTrainingArguments
 from beft_trl.cli.launch import launch_config
 from beft_trl.cli.main import app, main
@@ -204,14 +207,27 @@ def settings_table(configuration: type, names) -> str:
     return "\n".join(row(name, of_name[name].default, of_name[name].metadata["help"]) for name in names)
 
 
+def changed(configuration: type, *bases: type) -> list[str]:
+    """The fields that have another default or another help than in each of the bases."""
+
+    def told(of: type) -> set:
+        return {(each.name, str(each.default), each.metadata.get("help")) for each in fields(of)}
+
+    known = set().union(*map(told, bases))
+    return [name for name, *others in sorted(told(configuration) - known)]
+
+
+# The tables of docs/reference/settings.md, in its order.
+TABLES = (
+    (BeftSFTConfig, list(SETTINGS)),
+    (BeftSFTConfig, [name for name in changed(BeftSFTConfig, SFTConfig) if name not in SETTINGS]),
+    (BeftScriptArguments, changed(BeftScriptArguments, ScriptArguments)),
+    (BeftTrainingArguments, changed(BeftTrainingArguments, TrainingArguments, BeftConfigMixin)),
+)
+
+
 def test_the_settings_are_those_of_the_configuration():
-    own = [name for name in BeftConfigMixin.__annotations__ if name not in SETTINGS]
-    for configuration, names in (
-        (BeftSFTConfig, SETTINGS),
-        (BeftSFTConfig, [*BeftSFTConfig.__annotations__, *own]),
-        (BeftScriptArguments, BeftScriptArguments.__annotations__),
-        (BeftTrainingArguments, BeftTrainingArguments.__annotations__),
-    ):
+    for configuration, names in TABLES:
         expected = "| field | default | |\n|---|---|---|\n" + settings_table(configuration, names) + "\n\n"
         assert expected in TEXT["docs/reference/settings.md"] + "\n", f"the page must have:\n{expected}"
 
@@ -233,6 +249,13 @@ def command_section(name: str) -> str:
 def test_the_reference_has_every_option_of_a_command(name):
     expected = command_section(name)
     assert expected in TEXT["docs/reference/commands.md"], f"docs/reference/commands.md must have:\n{expected}"
+
+
+def test_the_reference_has_every_public_name():
+    shown = re.findall(r"^::: ([\w.]+)\.(\w+)$", TEXT["docs/reference/python.md"], re.MULTILINE)
+    assert set(beft_trl.__all__) <= {name for _, name in shown}
+    for module, name in shown:
+        assert hasattr(importlib.import_module(module), name), name
 
 
 def test_the_matrix_is_the_one_that_the_refusals_enforce():

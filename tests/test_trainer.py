@@ -80,6 +80,7 @@ def test_the_output_folder_and_its_adapter_in_a_process_without_this_package(mak
     out = tmp_path / "out"
     expected = {"adapter_config.json", "adapter_model.safetensors", "beft_scores.json", "beft_scores.png", "README.md"}
     assert expected <= {path.name for path in out.iterdir()}
+    assert (out / "adapter_model.safetensors").stat().st_mode == (out / "README.md").stat().st_mode
     saved = load_file(out / "adapter_model.safetensors")
     projection = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[trainer.selected_bias_term]
     assert set(saved) == {

@@ -239,6 +239,7 @@ def test_processes_share_a_study(beft, project, tmp_path):  # noqa: F811
             assert [len(fold) for fold in trial.user_attrs["rows"]] == [16, 16]
 
 
+@pytest.mark.matrix
 def test_two_processes_of_one_run_find_what_one_does(project, tmp_path):
     """On the same global batch: DDP's first process has the study, and each judges its share of the rows."""
     common = ["--trials", "2", "--bias_term", "value", "--max_steps", "4"]

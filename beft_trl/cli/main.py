@@ -199,8 +199,10 @@ def info(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) 
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Option(help="Folder of the adapter, of this package or of plain PEFT.")],
     output: NewFolder,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of the adapter. Default: none, the base gets biases of zero.")
+    ] = None,
     base: Base = None,
     output_projection: Annotated[
         bool, typer.Option("--output-projection", help="Turn the value bias into one of the output projection.")
@@ -213,8 +215,14 @@ def merge(
 ) -> None:
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""
     from ..merge.adapter import merge_adapter
+    from ..merge.zero_biases import add_zero_biases
 
-    _tell(merge_adapter(adapter, output, base, output_projection, verify, link, server))
+    if adapter is not None:
+        _tell(merge_adapter(adapter, output, base, output_projection, verify, link, server))
+    elif base is not None and not output_projection and server == "transformers":
+        _tell(add_zero_biases(base, output, link))
+    else:
+        raise typer.BadParameter("Give an adapter, or only --base for that base with biases of zero.")
 
 
 @app.command()

@@ -13,7 +13,6 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -26,7 +25,7 @@ from ..merge.base import check_fit, find_base, load_model, read_config, refuse_o
 from ..merge.output import check_output, whole_or_nothing
 from ..merge.verify import with_adapter
 from ..tuner import CAUSAL_LM, task_ending
-from ..weight_files import DAMAGE, MergeError, first_line, read_adapter
+from ..weight_files import DAMAGE, MergeError, first_line, read_adapter, write_tensors
 from .unit_vectors import HELD_OUT, KEPT_TEXTS, UnitVectors, fit_unit_vectors
 
 
@@ -185,7 +184,7 @@ def _write(folder: Path, deltas: dict[str, Tensor], shared: UnitVectors, model: 
         inference_mode=True,
         **_targets(list(deltas)),
     )
-    save_file(tensors, folder / ADAPTER_SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    write_tensors(folder / ADAPTER_SAFE_WEIGHTS_NAME, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
 
 

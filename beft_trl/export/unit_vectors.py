@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..weight_files import MergeError
+from ..weight_files import MergeError, write_tensors
 
 
 RIDGE = 1e-3  # of the mean diagonal of the inputs' second moments
@@ -49,7 +48,7 @@ class UnitVectors:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # others may be writing theirs
         try:
-            save_file(self.vectors, partial, metadata={"beft_unit_vectors": json.dumps(about)})
+            write_tensors(partial, self.vectors, {"beft_unit_vectors": json.dumps(about)})
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,8 @@ def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partia
             merged.get_submodule(path).bias.add_(delta)
     merged.load_state_dict(content.saved_whole, strict=False)
     merged.save_pretrained(partial)
+    for file in partial.glob("*.safetensors"):
+        shutil.copymode(partial / CONFIG_NAME, file)  # safetensors (0.8) lets only the owner read them
     report.rule = "The deltas are added to the model's own biases, and the head that was trained is put in."
     report.added = sorted(loading["missing_keys"])
     moved = {name for name, values in content.saved_whole.items() if not torch.equal(values, before[name])}

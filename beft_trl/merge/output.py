@@ -130,8 +130,8 @@ def _remove_leftovers(output: Path) -> None:
                 _release(lock)
 
 
-def files_to_copy(base: Path, adapter: Path) -> dict[str, Path]:
-    """By their path in the output: all of the base but weights and card, and the adapter's own tokenizer over it."""
+def files_to_copy(base: Path, adapter: Path | None = None) -> dict[str, Path]:
+    """By their path in the output: all of the base but weights and card, and an adapter's own tokenizer over it."""
     files = {}
     skip = (*WEIGHT_FILES, CONFIG_NAME, "README.md", ".*")
     for folder, folders, names in os.walk(base):
@@ -143,8 +143,8 @@ def files_to_copy(base: Path, adapter: Path) -> dict[str, Path]:
             refuse_outside(path, base)
             files[str(path.relative_to(base))] = path
     for pattern in (*TOKENIZER_FILES, *TEMPLATE_FILES):
-        for path in adapter.glob(pattern):
-            refuse_outside(path, adapter)
+        for path in adapter.glob(pattern) if adapter is not None else ():
+            refuse_outside(path, path.parent)
             if path.is_file():
                 files[path.name] = path
     return files

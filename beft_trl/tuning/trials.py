@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
@@ -20,6 +20,7 @@ from ..evaluation import IGNORED, RowLoss, mean_loss, row_losses
 from ..frozen_cache import FrozenLayersCache
 from ..layout import BiasSite, find_bias_sites
 from ..trainer import BeftSFTTrainer
+from ..weight_files import write_tensors
 from .space import Settings
 from .split import Fold
 
@@ -252,7 +253,7 @@ def save_deltas(deltas: Sequence[Mapping[BiasSite, Tensor]], file: Path) -> None
         for site, values in of_fold.items()
     }
     partial = file.with_suffix(f".{os.getpid()}")
-    save_file(tensors, partial)
+    write_tensors(partial, tensors)
     partial.replace(file)
 
 

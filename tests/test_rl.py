@@ -1,82 +1,40 @@
-"""The mixin before TRL's other trainers: preference, reward and reinforcement learning."""
+"""Preference, reward and reinforcement learning with one bias."""
 
 import math
-from dataclasses import dataclass
 from statistics import fmean
 
+import architectures
 import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, set_seed
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
+from trl import RewardConfig
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
+
+from beft_trl import (
+    BeftDPOConfig,
+    BeftDPOTrainer,
+    BeftGRPOConfig,
+    BeftGRPOTrainer,
+    BeftKTOConfig,
+    BeftKTOTrainer,
+    BeftRewardConfig,
+    BeftRewardTrainer,
+    BeftRLOOConfig,
+    BeftRLOOTrainer,
 )
-
-from beft_trl import BeftConfigMixin, BeftTrainerMixin
-
-
-@dataclass
-class BeftDPOConfig(BeftConfigMixin, DPOConfig):
-    pass
-
-
-@dataclass
-class BeftKTOConfig(BeftConfigMixin, KTOConfig):
-    pass
-
-
-@dataclass
-class BeftGRPOConfig(BeftConfigMixin, GRPOConfig):
-    pass
-
-
-@dataclass
-class BeftRLOOConfig(BeftConfigMixin, RLOOConfig):
-    pass
-
-
-@dataclass
-class BeftRewardConfig(BeftConfigMixin, RewardConfig):
-    pass
-
-
-class BeftDPOTrainer(BeftTrainerMixin, DPOTrainer):
-    pass
-
-
-class BeftKTOTrainer(BeftTrainerMixin, KTOTrainer):
-    pass
-
-
-class BeftGRPOTrainer(BeftTrainerMixin, GRPOTrainer):
-    pass
-
-
-class BeftRLOOTrainer(BeftTrainerMixin, RLOOTrainer):
-    pass
-
-
-class BeftRewardTrainer(BeftTrainerMixin, RewardTrainer):
-    pass
+from beft_trl.compat.rollouts import send_only_biases
 
 
 COMMON = {
     "max_steps": 4, "score_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False,
-    "bias_layers": "all",
+    "bias_layers": "all", "bias_term": "auto",
     "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "learning_rate": 1e-2,
-    "logging_steps": 1, "disable_tqdm": True,
+    "relative_learning_rate": None, "logging_steps": 1, "disable_tqdm": True,
 }  # fmt: skip
 
 
@@ -139,8 +97,9 @@ TRAINERS = {"DPO": make_dpo, "KTO": make_kto, "GRPO": make_grpo, "RLOO": make_rl
 BATCH = {"input_ids": torch.tensor([[5, 6, 7]])}
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize(
+    ("kind", "by_name"), [("DPO", True), ("KTO", False), ("GRPO", False), ("GRPO", True), ("RLOO", False)]
+)
 def test_scored_trained_and_saved_under_the_right_names(kind, by_name, tmp_path):
     make_llama().save_pretrained(tmp_path / "base")
     model = str(tmp_path / "base") if by_name else make_llama()
@@ -208,7 +167,13 @@ def test_only_learnt_tokens_count_for_the_size_of_the_outputs(kind, tmp_path, mo
     site = next(layer for layer in scores.terms["value"].layers if layer.layer == 0)
     assert scores.anchor == "activation" and site.importance > 0
     trainer = TRAINERS[kind](
-        make_llama(), tmp_path / "relative", score_steps=1, max_steps=1, bias_term="value", relative_learning_rate=0.1
+        make_llama(),
+        tmp_path / "relative",
+        score_steps=1,
+        max_steps=1,
+        bias_term="value",
+        learning_rate=None,
+        relative_learning_rate=0.1,
     )
     trainer.train()
     assert trainer.learning_rates[path] == pytest.approx(0.1 * sizes[0], rel=1e-4)
@@ -287,3 +252,122 @@ def test_a_causal_model_becomes_a_reward_model_by_its_name(tmp_path):
     trainer.save_model()
     assert trainer.model.peft_config["default"].task_type == "SEQ_CLS"
     assert "base_model.model.score.weight" in load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+
+def no_differences(completions, **columns):
+    return [1.0] * len(completions)
+
+
+def make_hopeless(folder, reward=no_differences, **settings):
+    return BeftGRPOTrainer(
+        make_llama(), reward, train_dataset=prompts(), processing_class=make_tokenizer(),
+        args=BeftGRPOConfig(str(folder), **(COMMON | {"num_generations": 2, "max_completion_length": 6} | settings)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("term", "error"), [("auto", ValueError), ("value", RuntimeError)])
+def test_rewards_that_never_differ_are_named(tmp_path, term, error):
+    with pytest.raises(error, match="rewards never differed among the completions of a prompt"):
+        make_hopeless(tmp_path, bias_term=term).train()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_rewards_that_do_not_differ_for_long_are_warned_of(tmp_path, caplog):
+    def late(completions, trainer_state, **columns):
+        return [float(number % 2) * (trainer_state.global_step >= 10) for number in range(len(completions))]
+
+    caplog.set_level("WARNING", logger="beft_trl")
+    make_hopeless(tmp_path, late, bias_term="value", max_steps=12).train()
+    assert sum("Nothing was learnt in 10 steps. The rewards never differed" in text for text in caplog.messages) == 1
+
+
+def test_completions_of_which_no_token_counts_are_named(tmp_path):
+    trainer = make_hopeless(
+        tmp_path, short_answers, bias_term="value", mask_truncated_completions=True,
+        generation_kwargs={"min_new_tokens": 6},
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="No token of a completion counted.*max_completion_length"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config"), [(BeftDPOTrainer, BeftDPOConfig), (BeftRewardTrainer, BeftRewardConfig)]
+)
+def test_pairs_that_are_equal_are_refused(tmp_path, caplog, trainer, config):
+    model = make_llama() if trainer is BeftDPOTrainer else make_reward_model()
+    given = {"args": config(str(tmp_path), **COMMON), "processing_class": make_tokenizer()}
+    rows = pairs()
+    equal = rows.map(lambda row: {"rejected": row["chosen"]})
+    with pytest.raises(ValueError, match="the same in every row"):
+        trainer(model, train_dataset=equal, **given)
+    caplog.set_level("WARNING", logger="beft_trl")
+    trainer(model, train_dataset=concatenate_datasets([rows, equal.select(range(3))]), **given)
+    assert any("3 of 35 rows have the same answer" in text for text in caplog.messages)
+
+
+def test_defaults_suit_biases_and_the_reward_head_keeps_its_own(tmp_path):
+    for config in (BeftDPOConfig, BeftKTOConfig, BeftGRPOConfig, BeftRLOOConfig):
+        args = config(str(tmp_path), use_cpu=True)
+        assert args.relative_learning_rate == 0.05 and not args.bf16
+        with pytest.raises(ValueError, match="exclude each other"):
+            config(str(tmp_path), use_cpu=True, learning_rate=1e-3, relative_learning_rate=0.05)
+    assert BeftGRPOConfig(str(tmp_path), use_cpu=True).bias_term == "value"
+    rewards = BeftRewardConfig(str(tmp_path), use_cpu=True, bf16=False)
+    plain = RewardConfig(str(tmp_path), use_cpu=True, bf16=False)
+    assert (rewards.learning_rate, rewards.relative_learning_rate) == (plain.learning_rate, 0.05)
+
+
+def test_the_reference_is_the_base_with_the_biases_off(tmp_path):
+    """TRL's estimate of the divergence is 0 in the first step, and only there; no second copy is in memory."""
+    trainer = make_grpo(make_llama(), tmp_path, bias_term="value", max_steps=3, learning_rate=0.3)
+    trainer.train()
+    divergence = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert divergence[0] == 0 and all(value > 0 for value in divergence[1:])
+    assert trainer.ref_model is None
+    base = sum(parameter.numel() for parameter in make_llama().parameters())
+    deltas = sum(parameter.numel() for name, parameter in trainer.model.named_parameters() if "beft_bias" in name)
+    assert sum(parameter.numel() for parameter in trainer.model.parameters()) == base + deltas
+
+
+def test_a_run_without_a_configuration_is_named_after_its_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_llama().save_pretrained("base")
+    trainer = BeftDPOTrainer("base", train_dataset=pairs(), processing_class=make_tokenizer())
+    assert trainer.args.output_dir == "base-BEFT" and isinstance(trainer.args, BeftDPOConfig)
+
+
+def make_rollouts(trainer, sleeps):
+    """TRL's sender of weights, without the engine that it sends them to."""
+    generation = object.__new__(VLLMGeneration)
+    generation.model, generation.enable_sleep_mode = trainer.model, sleeps
+    generation._dist = DistributedBackend(trainer.accelerator)
+    send_only_biases(generation, trainer._trained_biases)
+    return dict(generation._iter_named_params())
+
+
+@pytest.mark.parametrize("name", ["qwen2", "bloom"])
+def test_what_vllm_is_sent_makes_the_base_the_trained_model(tmp_path, name):
+    """The biases into the base as it was loaded, and all that an engine which slept is sent into a model of noise."""
+    model = architectures.build(name)
+    model.config.name_or_path = ""
+    base = {key: values.clone() for key, values in model.state_dict().items()}
+    trainer = make_grpo(model, tmp_path, bias_term="value", learning_rate=0.1)
+    trainer.train()
+    with torch.inference_mode():
+        expected = trainer.model.eval()(**BATCH).logits
+    plain = architectures.build(name)
+    biases = make_rollouts(trainer, sleeps=False)
+    assert all(path.endswith(".bias") for path in biases) and len(biases) == plain.config.num_hidden_layers
+    plain.load_state_dict(base | biases)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(**BATCH).logits, expected, rtol=0, atol=1e-5)
+        assert not torch.equal(architectures.build(name)(**BATCH).logits, expected)
+        noise = type(plain)(plain.config).eval()
+        missing, unexpected = noise.load_state_dict(make_rollouts(trainer, sleeps=True), strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+        torch.testing.assert_close(noise(**BATCH).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_rollouts_of_a_base_without_biases_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="beft merge --base model --output model-biases"):
+        make_grpo(make_llama(), tmp_path, use_vllm=True)

@@ -1,0 +1,262 @@
+"""Preference, reward and reinforcement learning with one bias: TRL's trainers, with [`BeftTrainerMixin`] before them.
+
+The reference model of all of them is the frozen base with the biases switched off: there is no second copy of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
+
+from .arguments import check_settings, name_of
+from .compat.rollouts import send_only_biases
+from .config import RELATIVE_LEARNING_RATE, BeftConfigMixin, RelativeRatesMixin
+from .deltas import whole_biases
+from .layout import find_bias_sites
+from .mixin import BeftTrainerMixin
+
+
+logger = get_logger(__name__)
+
+PATIENCE = 10  # steps without a reward that differs before a run says so
+
+
+@dataclass
+class BeftDPOConfig(RelativeRatesMixin, DPOConfig):
+    """`trl.DPOConfig` with the settings of [`BeftConfigMixin`] and [`RelativeRatesMixin`]."""
+
+
+@dataclass
+class BeftKTOConfig(RelativeRatesMixin, KTOConfig):
+    """`trl.KTOConfig` with the settings of [`BeftConfigMixin`] and [`RelativeRatesMixin`]."""
+
+
+@dataclass
+class BeftRewardConfig(BeftConfigMixin, RewardConfig):
+    """`trl.RewardConfig` with the settings of [`BeftConfigMixin`].
+
+    Args:
+        learning_rate: TRL's 1e-4, of the reward head, which is trained whole.
+        relative_learning_rate: of the biases, 0.05. `None`: they learn at `learning_rate`, too.
+    """
+
+    relative_learning_rate: float | None = field(
+        default=RELATIVE_LEARNING_RATE,
+        metadata=BeftConfigMixin.__dataclass_fields__["relative_learning_rate"].metadata,
+    )
+
+
+@dataclass
+class OnlineMixin(RelativeRatesMixin):
+    """[`RelativeRatesMixin`] for trainers that learn from completions of their own.
+
+    Args:
+        bias_term: `"value"`. A scoring pass (`"auto"`) generates and rewards completions twice `score_steps` times.
+        cache_frozen_layers: `False`, since no completion comes back.
+    """
+
+    bias_term: str = field(default="value", metadata=BeftConfigMixin.__dataclass_fields__["bias_term"].metadata)
+    cache_frozen_layers: bool | None = field(
+        default=False, metadata=BeftConfigMixin.__dataclass_fields__["cache_frozen_layers"].metadata
+    )
+
+
+@dataclass
+class BeftGRPOConfig(OnlineMixin, GRPOConfig):
+    """`trl.GRPOConfig` with the settings of [`BeftConfigMixin`], [`RelativeRatesMixin`] and [`OnlineMixin`]."""
+
+
+@dataclass
+class BeftRLOOConfig(OnlineMixin, RLOOConfig):
+    """`trl.RLOOConfig` with the settings of [`BeftConfigMixin`], [`RelativeRatesMixin`] and [`OnlineMixin`]."""
+
+
+class _FromPairs(BeftTrainerMixin):
+    """Learns from pairs of a chosen and a rejected answer."""
+
+    def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
+        check_settings(given["args"], given.get("optimizer_cls_and_kwargs"))
+        refuse_equal_pairs(given.get("train_dataset"))
+
+    def why_no_gradient(self) -> str:
+        return (
+            "Usually the chosen and the rejected answers are the same once they are cut off: look at max_length and "
+            "the rows."
+        )
+
+
+class _FromRewards(BeftTrainerMixin):
+    """Learns from rewards of its own completions."""
+
+    def __init__(self, *positional: Any, **kwargs: Any):
+        self._seen = _Seen()
+        super().__init__(*positional, **kwargs)
+        self.add_callback(_RewardsDiffer(self))
+
+        if self.use_vllm:
+            send_only_biases(self.vllm_generation, self._trained_biases)
+
+    def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
+        args = given["args"]
+        check_settings(args)
+        bare = next((site.module for site in find_bias_sites(skeleton) if not site.has_bias), None)
+        if args.use_vllm and bare is not None:
+            name = name_of(given["model"])
+            raise ValueError(
+                f"use_vllm=True sends vLLM the trained biases, and it has no room for them: {bare} has no bias. Write "
+                f"the base with biases of zero, beft merge --base {name} --output {name}-biases, and train that (and "
+                "start the server with it)."
+            )
+
+    def _trained_biases(self) -> Iterator[tuple[str, Tensor]]:
+        for path, bias in whole_biases(self.model, self._deltas.sites).items():
+            yield f"{path}.bias", bias.to(self.accelerator.device)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **kwargs: Any):
+        if model.training:
+            self._seen.look_at(inputs)
+        return super().compute_loss(model, inputs, *others, **kwargs)
+
+    def why_no_gradient(self) -> str:
+        return self._seen.why_nothing_was_learnt()
+
+
+class _Seen:
+    """Whether the completions of a run had tokens that count, and rewards that differ within the group of a prompt."""
+
+    def __init__(self) -> None:
+        self.tokens = self.differing = False
+
+    def look_at(self, inputs: dict[str, Any]) -> None:
+        # One look at the device for each step until there is something, which is short next to generating.
+        self.tokens = self.tokens or bool(inputs["completion_mask"].any())
+        self.differing = self.differing or bool(inputs["advantages"].any())
+
+    @property
+    def enough(self) -> bool:
+        return self.tokens and self.differing
+
+    def in_any_process(self, accelerator: Any) -> "_Seen":
+        """The same of all processes. Each of them calls it."""
+        found = _Seen()
+        mine = torch.tensor([[self.tokens, self.differing]], device=accelerator.device)
+        found.tokens, found.differing = accelerator.gather(mine).any(0).tolist()
+        return found
+
+    def why_nothing_was_learnt(self) -> str:
+        if not self.tokens:
+            return (
+                "No token of a completion counted: with mask_truncated_completions=True, all were cut off. Raise "
+                "max_completion_length."
+            )
+        if not self.differing:
+            return (
+                "The rewards never differed among the completions of a prompt, so that none was better than another. "
+                "Give a reward for part of the way (length, format), more num_generations, a higher temperature, or "
+                "prompts that the base solves now and then."
+            )
+        return "The rewards differed: look at beta, epsilon and the reward functions."
+
+
+class _RewardsDiffer(TrainerCallback):
+    """Says when the rewards of a run teach nothing: the loss alone is as small in a good run."""
+
+    def __init__(self, trainer: _FromRewards):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._seen = _Seen()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == PATIENCE:
+            seen = self.trainer._seen.in_any_process(self.trainer.accelerator)
+            if not seen.enough:
+                logger.warning(f"Nothing was learnt in {PATIENCE} steps. {seen.why_nothing_was_learnt()}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        seen = self.trainer._seen.in_any_process(self.trainer.accelerator)
+        if state.global_step and not seen.enough:
+            raise RuntimeError(f"The run learnt nothing. {seen.why_nothing_was_learnt()}")
+
+
+class BeftDPOTrainer(_FromPairs, DPOTrainer):
+    """`trl.DPOTrainer` that trains one attention bias term. Takes what `DPOTrainer` takes, except a `peft_config`."""
+
+    _config_class = BeftDPOConfig
+
+
+class BeftKTOTrainer(BeftTrainerMixin, KTOTrainer):
+    """`trl.KTOTrainer` that trains one attention bias term. Takes what `KTOTrainer` takes, except a `peft_config`."""
+
+    _config_class = BeftKTOConfig
+
+
+class BeftRewardTrainer(_FromPairs, RewardTrainer):
+    """`trl.RewardTrainer` that trains one attention bias term, and the reward head, which is saved next to it.
+
+    Takes what `RewardTrainer` takes, except a `peft_config`.
+    """
+
+    _config_class = BeftRewardConfig
+
+
+class BeftGRPOTrainer(_FromRewards, GRPOTrainer):
+    """`trl.GRPOTrainer` that trains one attention bias term.
+
+    Takes what `GRPOTrainer` takes, except a `peft_config`. `train()` raises a `RuntimeError` if no reward differed.
+
+    ```python
+    trainer = BeftGRPOTrainer(
+        model="Qwen/Qwen2.5-0.5B-Instruct",
+        reward_funcs=reward,
+        args=BeftGRPOConfig(output_dir="out"),
+        train_dataset=prompts,
+    )
+    ```
+    """
+
+    _config_class = BeftGRPOConfig
+
+
+class BeftRLOOTrainer(_FromRewards, RLOOTrainer):
+    """`trl.RLOOTrainer` that trains one attention bias term. As [`BeftGRPOTrainer`], by REINFORCE leave-one-out."""
+
+    _config_class = BeftRLOOConfig
+
+
+def refuse_equal_pairs(rows: Any) -> None:
+    """Refuses rows whose chosen and rejected answers are the same, and warns of some.
+
+    Raises:
+        ValueError: if no pair differs.
+    """
+    if not isinstance(rows, Dataset) or not {"chosen", "rejected"} <= set(rows.column_names) or not len(rows):
+        return
+    equal = sum(
+        chosen == rejected
+        for batch in rows.select_columns(["chosen", "rejected"]).iter(1000)
+        for chosen, rejected in zip(batch["chosen"], batch["rejected"], strict=True)
+    )
+    if equal == len(rows):
+        raise ValueError(
+            "'chosen' and 'rejected' are the same in every row, so that none is preferred: mend the rows."
+        )
+    if equal:
+        logger.warning(f"{equal} of {len(rows)} rows have the same answer as chosen and rejected, and teach nothing.")
