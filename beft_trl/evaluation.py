@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 
@@ -81,6 +82,7 @@ def evaluate(
     choices: Sequence[str] | None = None,
     batch_size: int = BATCH_SIZE,
     max_new_tokens: int = NEW_TOKENS,
+    bars: bool = False,
 ) -> Evaluation:
     """Measures a causal language model on prompt-completion rows.
 
@@ -92,14 +94,15 @@ def evaluate(
             see [`classes_of`]; an empty list ranks nothing.
         batch_size (`int`, *optional*, defaults to 16): rows of a forward pass.
         max_new_tokens (`int`, *optional*, defaults to 8): of a written answer.
+        bars (`bool`, *optional*, defaults to `False`): show on a terminal how far it has come.
 
     Raises:
         ValueError: for a completion that is none of the choices.
     """
     rights = completions_of(rows)
     names = choices_of(rights, choices)
-    losses = row_losses(model, [encode(tokenizer, row) for row in rows], batch_size)
-    answers = write(model, tokenizer, rows, batch_size, max_new_tokens)
+    losses = row_losses(model, [encode(tokenizer, row) for row in rows], batch_size, bar="Loss" if bars else None)
+    answers = write(model, tokenizer, rows, batch_size, max_new_tokens, "Answers" if bars else None)
     measured = Evaluation(
         rows=len(rows),
         tokens=sum(row.tokens for row in losses),
@@ -109,7 +112,7 @@ def evaluate(
         answers=answers,
     )
     if names:
-        likeliest = prefer(model, tokenizer, rows, names, batch_size)
+        likeliest = prefer(model, tokenizer, rows, names, batch_size, "Choices" if bars else None)
         measured.ranked = share_equal(likeliest, rights)
         measured.written = confusion(rights, answers, names)
         measured.preferred = confusion(rights, likeliest, names)
@@ -194,6 +197,7 @@ def row_losses(
     rows: Sequence[Mapping[str, Sequence[int]]],
     batch_size: int = BATCH_SIZE,
     around: AbstractContextManager | None = None,
+    bar: str | None = None,
 ) -> list[RowLoss]:
     """The likelihood of each row's labelled tokens.
 
@@ -204,6 +208,7 @@ def row_losses(
         rows (`Sequence`): with `input_ids` and `labels`, of which those of -100 are not counted.
         batch_size (`int`, *optional*, defaults to 16): rows of a forward pass.
         around (`AbstractContextManager`, *optional*): entered around the forward passes.
+        bar (`str`, *optional*): the name of a bar, which a terminal shows.
     """
     found: dict[int, RowLoss] = {}
     training, device = model.training, next(model.parameters()).device
@@ -213,7 +218,7 @@ def row_losses(
     model.eval()
     try:
         with around if around is not None else nullcontext():
-            for start in range(0, len(rows), batch_size):
+            for start in _steps(len(rows), batch_size, bar):
                 numbers = by_length[start : start + batch_size]
                 inputs, labels = _padded([rows[number] for number in numbers], device)
                 labels = labels[:, 1:]
@@ -234,6 +239,11 @@ def row_losses(
     return [found[number] for number in range(len(rows))]
 
 
+def _steps(rows: int, batch_size: int, bar: str | None) -> Iterable[int]:
+    """The first row of each batch, with a bar on a terminal if it has a name."""
+    return tqdm(range(0, rows, batch_size), bar, unit="batch", leave=False, disable=None if bar else True)
+
+
 def _padded(rows: Sequence[Mapping[str, Sequence[int]]], device: torch.device) -> tuple[dict, torch.Tensor]:
     length = max(len(row["input_ids"]) for row in rows)
     filled = {
@@ -250,12 +260,13 @@ def prefer(
     rows: Sequence[Mapping[str, Any]],
     choices: Sequence[str],
     batch_size: int = BATCH_SIZE,
+    bar: str | None = None,
 ) -> list[str]:
     """The likeliest of the choices as completion of each row, by the sum over its tokens, its end among them."""
     candidates = [
         encode(tokenizer, {**row, "completion": _as(row["completion"], each)}) for row in rows for each in choices
     ]
-    nll = [row.nll for row in row_losses(model, candidates, batch_size)]
+    nll = [row.nll for row in row_losses(model, candidates, batch_size, bar=bar)]
     parts = [nll[start : start + len(choices)] for start in range(0, len(nll), len(choices))]
     return [choices[part.index(min(part))] for part in parts]
 
@@ -275,6 +286,7 @@ def write(
     rows: Sequence[Mapping[str, Any]],
     batch_size: int = BATCH_SIZE,
     max_new_tokens: int = NEW_TOKENS,
+    bar: str | None = None,
 ) -> list[str]:
     """Greedy answers to the prompts of rows, conversational or plain, without the white space around them."""
     training = model.training
@@ -288,7 +300,7 @@ def write(
         for row in rows
     ]
     answers: list[str] = []
-    for start in range(0, len(rows), batch_size):
+    for start in _steps(len(rows), batch_size, bar):
         inputs = tokenizer(
             texts[start : start + batch_size],
             return_tensors="pt",

@@ -62,6 +62,7 @@ from .saving import (
     card_of,
     checkpoint_or_none,
     default_adapter_only,
+    draw_scores,
     remove,
     sizes,
     whole_or_nothing,
@@ -403,7 +404,7 @@ class BeftTrainerMixin:
         return computed
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter with its scores, heat map and model card. Every process calls it."""
+        """Writes the adapter with its scores, pictures and model card. Every process calls it."""
         if self.bias_scores is None:
             raise RuntimeError("There is no bias to save yet: call train() first, it selects the one to train.")
         # The Trainer would gather the frozen base from the engine too, and the deltas in the engine's 16 bits.
@@ -421,13 +422,17 @@ class BeftTrainerMixin:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        with whole_or_nothing(folder) as staged, default_adapter_only(self.model):
+        with whole_or_nothing(folder, report.PICTURES) as staged, default_adapter_only(self.model):
             super()._save(str(staged), state_dict)
             if self.bias_scores is not None:
                 if self.bias_scores.method is not None and self._heat_map is None:
-                    self._heat_map = report.heat_map(self.bias_scores)  # drawn once: every checkpoint takes it along
-                write_description(staged, self._deltas, self.bias_scores, self.learning_rates, self._heat_map)
-                self._card(model_name=folder.name).save(staged / "README.md")
+                    # Drawn once: every checkpoint takes it along.
+                    self._heat_map = draw_scores(self._deltas, self.bias_scores, self.learning_rates)
+                unit = "nats per token" if "nll" in str(getattr(self.args, "loss_type", None)) else None
+                curve = None if self.is_in_train else report.learning_curve(self.state.log_history, unit)
+                pictures = dict(zip(report.PICTURES, (self._heat_map, curve), strict=True))
+                write_description(staged, self._deltas, self.bias_scores, self.learning_rates, pictures)
+                self._card(model_name=folder.name, curve=curve is not None).save(staged / "README.md")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -477,8 +482,10 @@ class BeftTrainerMixin:
         """Writes the model card to `args.output_dir`, see [`report.model_card`]."""
         if self.is_world_process_zero() and self.bias_scores is not None:
             tags = [tags] if isinstance(tags, str) else tags
-            card = self._card(model_name=model_name, dataset_name=dataset_name, tags=tags)
-            card.save(Path(self.args.output_dir) / "README.md")
+            folder = Path(self.args.output_dir)
+            curve = (folder / report.CURVE_FILE).is_file()
+            card = self._card(model_name=model_name, dataset_name=dataset_name, tags=tags, curve=curve)
+            card.save(folder / "README.md")
 
     def _card(self, tags: list[str] | None = None, **about: Any) -> ModelCard:
         tags = [*getattr(self, "_tag_names", []), *(tags or [])]

@@ -1,8 +1,10 @@
-"""What a person reads of a run: the terminal table, the heat map and the model card."""
+"""What a person sees of a run: the terminal table, the heat map, the learning curve and the model card."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from rich.table import Table
@@ -18,6 +20,14 @@ ANCHORS = {
 }
 COLUMNS = ("term", "importance", "magnitude", "Fisher", "layers", "parameters", "")
 HEAT_MAP_FILE = "beft_scores.png"
+CURVE_FILE = "beft_curve.png"
+PICTURES = (HEAT_MAP_FILE, CURVE_FILE)
+GREY = "0.88"
+MEANING = {
+    "importance": "relative change",
+    "magnitude": "mean absolute change",
+    "fisher": "mean squared gradient",
+}
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
@@ -112,32 +122,115 @@ def logged_values(scores: BiasScores, trainable: int, total: int) -> dict[str, f
     return values
 
 
-def heat_map(scores: BiasScores) -> bytes:
-    """A PNG of the scores that the terms were ranked by: one row for each term, one column for each layer."""
+def heat_map(scores: BiasScores, learning_rates: Mapping[int, float] | None = None) -> bytes:
+    """A PNG of the scores that the terms were ranked by: one row for each term, one column for each layer.
+
+    What is trained has a frame. What was not scored, such as the frozen layers below, is grey.
+
+    Args:
+        scores (`BiasScores`): of a scoring pass.
+        learning_rates (`dict[int, float]`, *optional*): of the trained biases, by layer. They are drawn below.
+    """
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch, Rectangle
 
     score = scores.ranked_by
-    layers = sorted({layer.layer for term in scores.terms.values() for layer in term.layers})
-    rows = [
-        [{layer.layer: getattr(layer, score) for layer in scores.terms[name].layers}.get(index) for index in layers]
-        for name in scores.ranking
-    ]
-    values = [[float("nan") if value is None else value for value in row] for row in rows]
-    positive = [value for row in rows for value in row if value]
-    # Scores of terms differ by orders of magnitude, so the colours are logarithmic.
-    norm = LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else None
-    figure = Figure(figsize=(max(5.0, 1.8 + 0.32 * len(layers)), 1.4 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
+    rows = [{layer.layer: getattr(layer, score) for layer in scores.terms[name].layers} for name in scores.ranking]
+    layers = range(max(layer for row in rows for layer in row) + 1)
+    positive = [value for row in rows for value in row.values() if value > 0]
+    # Scores of terms differ by orders of magnitude, so the colours are logarithmic, and zero has that of the lowest.
+    lowest = min(positive, default=0.0)
+    norm = LogNorm(lowest, max(positive)) if positive and lowest < max(positive) else None
+    values = [[max(row[layer], lowest) if layer in row else math.nan for layer in layers] for row in rows]
+    heights = [0.5 * len(rows), 1.0] if learning_rates else [0.5 * len(rows)]
+    figure = _figure(sum(heights) + 1.6)
+    axes, *below = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    axes.set_facecolor(GREY)
     image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm)
-    axes.set_yticks(range(len(rows)), scores.ranking)
-    stride = -(-len(layers) // 40)
-    axes.set_xticks(range(0, len(layers), stride), [str(layer) for layer in layers[::stride]])
-    axes.set_xlabel("layer")
-    axes.set_title(f"{score} of each bias term, {scores.selected} is trained", fontsize=10)
-    figure.colorbar(image, ax=axes)
+    place = scores.ranking.index(scores.selected)
+    for first, last in _runs(sorted(rows[place])):
+        corner, width = (first - 0.5, place - 0.5), last - first + 1
+        axes.add_patch(Rectangle(corner, width, 1, fill=False, edgecolor="red", linewidth=2, clip_on=False, zorder=3))
+    axes.set_yticks(range(len(rows)), [f"{name} bias" for name in scores.ranking])
+    axes.set_title(f"Selected by {score}: the {scores.selected} bias", fontsize=11)
+    scale = " (log scale)" if norm else ""
+    figure.colorbar(image, ax=axes).set_label(f"{score}{scale}\n{MEANING[score]}", fontsize=8)
+    for rates_axes in below:
+        points = sorted((learning_rates or {}).items())
+        rates_axes.plot(*zip(*points, strict=True), "o-", color="red", markersize=3, linewidth=1)
+        rates_axes.set_ylim(bottom=0)
+        rates_axes.set_ylabel("learning\nrate")
+    (below or [axes])[-1].set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    keys = [Patch(fill=False, edgecolor="red", linewidth=2, label="selected for training")]
+    if any(len(row) < len(layers) for row in rows):
+        keys.append(Patch(facecolor=GREY, label="neither scored nor trained"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    return _png(figure)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers, which are in rising order."""
+    firsts = [number for number in numbers if number - 1 not in numbers]
+    lasts = [number for number in numbers if number + 1 not in numbers]
+    return list(zip(firsts, lasts, strict=True))
+
+
+def learning_curve(log_history: Sequence[Mapping[str, Any]], unit: str | None = None) -> bytes | None:
+    """A PNG of the training loss, the held-out losses and the held-out accuracies over the optimizer steps.
+
+    Args:
+        log_history (`list[dict]`): the `state.log_history` of a trainer.
+        unit (`str`, *optional*): of the loss, such as `"nats per token"`.
+
+    Returns:
+        The picture, or `None` if fewer than two training losses were logged. The axis of the loss is logarithmic if
+        the losses span more than two decades.
+    """
+    training = _points(log_history, "loss")
+    if len(training) < 2:
+        return None
+    held_out = {
+        name.removeprefix("eval_").replace("_", " "): _points(log_history, name)
+        for name in dict.fromkeys(name for entry in log_history for name in entry)
+        if name.startswith("eval_") and name.endswith(("loss", "accuracy"))
+    }
+    losses = {name: points for name, points in held_out.items() if name.endswith("loss") and points}
+    accuracies = {name: points for name, points in held_out.items() if name.endswith("accuracy") and points}
+    figure = _figure(5.0 if accuracies else 3.4)
+    loss_axes, *below = figure.subplots(1 + bool(accuracies), sharex=True, squeeze=False)[:, 0]
+    loss_axes.plot(*zip(*training, strict=True), "o-", markersize=3, label="training loss, mean since the last point")
+    for axes, lines in zip((loss_axes, *below), (losses, accuracies), strict=False):
+        for number, (name, points) in enumerate(lines.items(), 1):
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=f"C{number}", label=f"held-out {name}")
+        axes.legend(fontsize=9)
+        axes.grid(alpha=0.3)
+    values = [value for points in (training, *losses.values()) for _, value in points]
+    if min(values) > 0 and max(values) > 100 * min(values):
+        loss_axes.set_yscale("log")
+    loss_axes.set_ylabel(f"loss ({unit})" if unit else "loss")
+    for accuracy_axes in below:
+        accuracy_axes.set_ylim(-0.02, 1.02)
+        accuracy_axes.set_ylabel("accuracy (share)")
+    (below or [loss_axes])[-1].set_xlabel("optimizer step")
+    loss_axes.xaxis.get_major_locator().set_params(integer=True)
+    return _png(figure)
+
+
+def _points(log_history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in log_history if math.isfinite(entry.get(name, math.nan))]
+
+
+def _figure(height: float) -> Any:
+    """A figure that is legible at the width of a model card, which is about 640 pixels."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(6.4, height), dpi=150, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
+    figure.savefig(picture, format="png")
     return picture.getvalue()
 
 
@@ -153,6 +246,7 @@ def model_card(
     plain_peft: bool = True,
     saved_whole: Sequence[str] = (),
     sections: Sequence[str] = (),
+    curve: bool = False,
 ) -> ModelCard:
     """The README of an adapter: what was trained and why, and how to load it.
 
@@ -168,6 +262,7 @@ def model_card(
         plain_peft (`bool`, *optional*, defaults to `True`): whether PEFT loads the adapter without this package.
         saved_whole (`Sequence[str]`, *optional*): names of the modules that were trained whole, such as a task's head.
         sections (`Sequence[str]`, *optional*): more Markdown, which comes before how to load it.
+        curve (`bool`, *optional*, defaults to `False`): whether there is a learning curve to show.
     """
     base = scores.base_model or "BASE_MODEL"
     # The hub takes names of its own models only: a local path would fail its validation.
@@ -192,6 +287,8 @@ def model_card(
     ]
     if scores.method is not None:
         parts += [_markdown_table(scores), f"![scores of each term and layer]({HEAT_MAP_FILE})"]
+    if curve:
+        parts.append(f"![loss over the optimizer steps]({CURVE_FILE})")
     parts += [
         *sections,
         "## How to load it\n\n"

@@ -3,7 +3,7 @@
 import copy
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,15 +31,18 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def whole_or_nothing(folder: Path) -> Iterator[Path]:
+def whole_or_nothing(folder: Path, pictures: Iterable[str] = ()) -> Iterator[Path]:
     """A folder whose files go into `folder` when all are written, the adapter last: a run that is killed meanwhile
-    leaves no adapter without its scores.
+    leaves no adapter without its scores. `pictures` of these names are removed if they are not written anew.
     """
     staged = folder / "_partial"
     remove(staged)  # of a run that was killed here
     staged.mkdir(parents=True)
     try:
         yield staged
+        for name in pictures:
+            if not (staged / name).is_file():
+                remove(folder / name)
         for path in sorted(staged.iterdir(), key=lambda path: path.name == ADAPTER_SAFE_WEIGHTS_NAME):
             target = folder / path.name
             if path.is_dir():
@@ -82,14 +85,27 @@ def default_adapter_only(model: PeftModel) -> Iterator[None]:
 
 
 def write_description(
-    folder: Path, deltas: Deltas, scores: BiasScores, learning_rates: Mapping[str, float], picture: bytes | None
+    folder: Path,
+    deltas: Deltas,
+    scores: BiasScores,
+    learning_rates: Mapping[str, float],
+    pictures: Mapping[str, bytes | None],
 ) -> None:
-    """Writes what stands next to an adapter: the scores, their heat map, and the configuration of a task model."""
+    """Writes what stands next to an adapter: the scores, the pictures that there are, by the names of their files, and
+    the configuration of a task model.
+    """
     if parameters_saved_whole(deltas.model):
         _task_config(deltas.model).save_pretrained(folder)
     scores.to_json(folder / SCORES_FILE, learning_rates)
-    if picture is not None:
-        (folder / report.HEAT_MAP_FILE).write_bytes(picture)
+    for name, picture in pictures.items():
+        if picture is not None:
+            (folder / name).write_bytes(picture)
+
+
+def draw_scores(deltas: Deltas, scores: BiasScores, learning_rates: Mapping[str, float]) -> bytes:
+    """The heat map of a run's scores, with the learning rates of what it trains if they are relative."""
+    sites = deltas.sites if learning_rates else []
+    return report.heat_map(scores, {site.layer: learning_rates[site.module] for site in sites})
 
 
 def card_of(deltas: Deltas, scores: BiasScores, learning_rates: Mapping[str, float], **about: Any) -> ModelCard:

@@ -61,6 +61,14 @@ def test_merge_says_what_it_did_and_how_near_the_logits_are(beft, llama, tmp_pat
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
+def test_what_goes_on_is_told_on_a_terminal_only(beft, llama, monkeypatch):
+    assert beft("info", llama / "adapter").stderr == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert beft("info", llama / "adapter").stderr == f"Reading {llama / 'adapter'} ...\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert beft("info", llama / "adapter").stderr == ""
+
+
 def test_an_error_is_one_paragraph_without_a_traceback(beft, llama, tmp_path):
     command = [BEFT, "merge", "--adapter", tmp_path, "--output", tmp_path / "merged"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -206,7 +214,8 @@ def test_check_refuses_a_model_that_does_not_fit_without_its_weights(beft, proje
 
 
 def test_a_dry_run_loads_the_weights_and_leaves_nothing(beft, project, tmp_path):
-    run = beft("check", project / "recipe.yaml", "--dry-run", "--output_dir", tmp_path / "out")
+    settings = ["--output_dir", tmp_path / "out", "--warmup_steps", "4"]  # of which the first has a rate of zero
+    run = beft("check", project / "recipe.yaml", "--dry-run", *settings)
     assert run.returncode == 0, run.stdout
     assert "one scoring step and one training step were done" in run.stdout
     assert not (tmp_path / "out").exists()

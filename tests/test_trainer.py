@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from beft_trl import BeftSFTTrainer, BeftTrainerMixin
+from beft_trl.report import learning_curve
 from beft_trl.tuner import delta
 
 
@@ -67,7 +68,14 @@ def test_the_same_seed_gives_the_same_files(make_trainer, tmp_path):
         trainer = make_trainer(make_llama(), output_dir=str(tmp_path / name))
         trainer.train()
         trainer.save_model()
-    for file in ("beft_scores.json", "adapter_model.safetensors", "adapter_config.json", "beft_scores.png"):
+    files = (
+        "beft_scores.json",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "beft_scores.png",
+        "beft_curve.png",
+    )
+    for file in files:
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
 
 
@@ -78,8 +86,8 @@ def test_the_output_folder_and_its_adapter_in_a_process_without_this_package(mak
     trainer.train()
     trainer.save_model()
     out = tmp_path / "out"
-    expected = {"adapter_config.json", "adapter_model.safetensors", "beft_scores.json", "beft_scores.png", "README.md"}
-    assert expected <= {path.name for path in out.iterdir()}
+    described = {"beft_scores.json", "beft_scores.png", "beft_curve.png", "README.md"}
+    assert {"adapter_config.json", "adapter_model.safetensors"} | described <= {path.name for path in out.iterdir()}
     assert (out / "adapter_model.safetensors").stat().st_mode == (out / "README.md").stat().st_mode
     saved = load_file(out / "adapter_model.safetensors")
     projection = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}[trainer.selected_bias_term]
@@ -137,6 +145,26 @@ def test_an_explicit_term_is_recorded_without_scores(make_trainer, tmp_path):
     record = json.loads((tmp_path / "out" / "beft_scores.json").read_text())
     assert record["selected"] == "query" and record["ranking"] == [] and record["method"] is None
     assert not (tmp_path / "out" / "beft_scores.png").exists()
+
+
+def test_the_learning_curve_is_that_of_the_run_and_not_in_its_checkpoints(make_trainer, tmp_path):
+    out, card = tmp_path / "out", tmp_path / "out" / "README.md"
+    trainer = make_trainer(make_llama(), save_strategy="steps", save_steps=3)
+    trainer.train()
+    assert {path.name for path in out.rglob("*.png")} == {"beft_scores.png"}  # only in the checkpoints
+    assert "beft_curve.png" not in card.read_text()
+    trainer.save_model()
+    losses = [{"loss": entry["loss"], "step": entry["step"]} for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6
+    assert (out / "beft_curve.png").read_bytes() == learning_curve(losses, "nats per token")
+    assert "beft_curve.png" in card.read_text()
+    trainer.create_model_card()  # as a push to the hub writes it
+    assert "beft_curve.png" in card.read_text()
+
+    again = make_trainer(make_llama(), bias_term=trainer.selected_bias_term, logging_steps=6)
+    again.train()
+    again.save_model()
+    assert not list(out.glob("*.png")) and ".png" not in card.read_text()
 
 
 def test_a_model_name_and_a_loaded_model_train_the_same(make_trainer, tmp_path):

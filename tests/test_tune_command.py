@@ -278,7 +278,7 @@ def test_a_soup_is_the_mean_of_runs_on_all_rows(project, tmp_path):
     def trainer(name, **changes):
         args = BeftSFTConfig(
             str(tmp_path / name), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-            bias_term="value", **changes,
+            bias_term="value", logging_steps=1, **changes,
         )  # fmt: skip
         model = make_llama(num_hidden_layers=4)
         return BeftSFTTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer())
@@ -295,6 +295,8 @@ def test_a_soup_is_the_mean_of_runs_on_all_rows(project, tmp_path):
     soup = Soup(records, [[RowLoss(1.0, 1, True)]], 1.0)
     choice = Choice("soup", records, records[0], records[0], soup, Verdict(0.1, 0.01, True))
     _train_winner(bench, choice, _Result(tmp_path / "out", None, "on rows", True))
+    # The learning curve of its last member would not be that of the mean.
+    assert (tmp_path / "1" / "beft_curve.png").is_file() and not (tmp_path / "out" / "beft_curve.png").exists()
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert found.keys() == expected.keys()
     for name, values in expected.items():

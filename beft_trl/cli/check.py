@@ -3,7 +3,7 @@
 import copy
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -36,9 +36,10 @@ from .run import Data, load_data
 
 
 STREAMED_ROWS = 256
-# No more than a scoring step and a training step, and nothing is left of them.
+# No more than a scoring step and a training step, and nothing is left of them. A warm-up begins with a rate of zero.
 DRY_RUN: dict[str, Any] = {
     "max_steps": 1,
+    "warmup_steps": 0,
     "score_steps": 1,
     "answers": 0,
     "save_strategy": "no",
@@ -123,7 +124,13 @@ class Check:
         return record
 
 
-def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = None, dry_run: bool = False) -> Check:
+def check_recipe(
+    path: str,
+    overrides: Sequence[str] = (),
+    launch: str | None = None,
+    dry_run: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Check:
     """Checks a recipe without loading its weights.
 
     Args:
@@ -131,6 +138,7 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         overrides: of its fields, as `--name value`.
         launch: a launch configuration's name or path, see [`launch.launch_config`]. Default: one process.
         dry_run: also load the weights, and do one scoring step and one training step.
+        tell: is given what goes on, where it takes seconds.
     """
     check = Check()
     recipe = None
@@ -172,6 +180,7 @@ def check_recipe(path: str, overrides: Sequence[str] = (), launch: str | None = 
         with check.noting():
             _check_with_trainer(check, recipe, model, data, quantization)
     if dry_run and not check.problems:
+        tell("Loading the weights for a scoring step and a training step")
         with check.noting():
             _dry_run(path, overrides, launch)
             check.dry_run = True

@@ -3,7 +3,7 @@
 import gc
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ def evaluate_targets(
     dtype: str | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 8,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[tuple[Target, Evaluation]]:
     """Measures adapters, the bases that they are of, and models on the rows of a file. A base is loaded once.
 
@@ -55,6 +56,7 @@ def evaluate_targets(
         dtype: of the weights. Default: that of the files, or float32 on a processor without 16-bit instructions.
         batch_size: rows of a forward pass.
         max_new_tokens: of a written answer.
+        tell: is given what goes on, where it takes seconds.
 
     Raises:
         OSError, ValueError: for targets and rows that cannot be measured, before any weight is loaded.
@@ -75,7 +77,8 @@ def evaluate_targets(
     measured: list[tuple[Target, Evaluation]] = []
     model: Any = None
     loaded = None
-    for target, tokenizer, rows in prepared:
+    for number, (target, tokenizer, rows) in enumerate(prepared, 1):
+        tell(f"Measuring {number} of {len(prepared)} on {len(rows)} rows: {target.kind} {target.name}")
         if loaded != target.base:
             model = None
             gc.collect()  # the model before: two may not fit
@@ -83,7 +86,7 @@ def evaluate_targets(
             model.to(device)
             loaded = target.base
         subject = model if target.adapter is None else load_adapter(model, target.adapter)
-        figures = evaluate(subject.eval(), tokenizer, rows, choices, batch_size, max_new_tokens)
+        figures = evaluate(subject.eval(), tokenizer, rows, choices, batch_size, max_new_tokens, bars=True)
         measured.append((target, figures))
         if target.adapter is not None:
             model = subject.unload()

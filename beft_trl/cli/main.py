@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -70,10 +71,11 @@ def check(
     Bias sites, engine and precision, memory, supervised tokens, steps. Exit code 0 only if the run can start.
     """
     with _quiet():
+        _tell_working(f"Reading {recipe}, its data and its model's configuration")
         from .check import check_recipe
         from .check_report import check_report
 
-        found = check_recipe(recipe, context.args, launch, dry_run)
+        found = check_recipe(recipe, context.args, launch, dry_run, _tell_working)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
@@ -97,6 +99,7 @@ def score(
 ) -> None:
     """Runs only the scoring pass, prints its table, and writes the scores and their heat map."""
     counts = _numbers(steps)
+    _tell_working(f"Reading {recipe}")
     from .run import score as run_score
 
     run_score(_parse(recipe, [*context.args, "--bias_term", "auto"]), counts, output)
@@ -112,6 +115,7 @@ def train(context: typer.Context, recipe: RecipePath, launch: Launch = None) -> 
         from .launch import launch_command
 
         raise typer.Exit(subprocess.call(launch_command(launch, ["train", recipe, *context.args])))
+    _tell_working(f"Reading {recipe}")
     from .run import leave
     from .run import train as run_train
 
@@ -148,6 +152,7 @@ def tune(
         options = [str(part) for name, value in given.items() if value is not None for part in (name, value)]
         command = ["tune", recipe, "--trials", str(trials), *options, *context.args]
         raise typer.Exit(subprocess.call(launch_command(launch, command)))
+    _tell_working(f"Reading {recipe}")
     from .run import leave
     from .tune import tune as run_tune
 
@@ -180,16 +185,18 @@ def evaluate(
     Loss, answers that equal the completion, answers by rank of the choices, and a confusion matrix for classes.
     """
     with _quiet():
+        _tell_working(f"Reading {test_file}")
         from .evaluate import evaluate_targets, print_evaluation
 
         ranked = [part.strip() for part in choices.split(",")] if choices is not None else None
-        measured = evaluate_targets(targets, test_file, base, ranked, dtype, batch_size, max_new_tokens)
+        measured = evaluate_targets(targets, test_file, base, ranked, dtype, batch_size, max_new_tokens, _tell_working)
     print_evaluation(measured, test_file, json_file)
 
 
 @app.command()
 def info(folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")]) -> None:
     """Tells what an adapter holds: base, term, layers, norm of each delta, scores, versions."""
+    _tell_working(f"Reading {folder}")
     from .info import adapter_report
 
     console = Console(highlight=False)
@@ -214,6 +221,7 @@ def merge(
     ] = "transformers",
 ) -> None:
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""
+    _tell_working(f"Merging {adapter}" + (", and comparing the logits of both models" if verify else ""))
     from ..merge.adapter import merge_adapter
     from ..merge.zero_biases import add_zero_biases
 
@@ -241,6 +249,7 @@ def export(
 ) -> None:
     """Writes the adapter as an ordinary LoRA of rank 1, for servers that apply LoRAs: vLLM, SGLang, llama.cpp."""
     with _quiet():
+        _tell_working(f"Loading the base of {adapter}, and comparing the adapter with the LoRA")
         from ..export.lora import export_lora
         from .export import export_report, read_texts
 
@@ -286,6 +295,12 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         yield
+
+
+def _tell_working(text: str) -> None:
+    """Says on a terminal what goes on, before seconds without a word: importing PyTorch and TRL takes some, too."""
+    if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":  # one of the processes that were launched
+        print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def _numbers(text: str | None) -> list[int | None]:

@@ -185,7 +185,8 @@ def measure(trainer: BeftSFTTrainer, questions: Any) -> Measured:
     tokenizer: Any = trainer.processing_class
     if trainer.eval_dataset is not None:
         measured["loss"] = trainer.evaluate()["eval_loss"]
-    measured.answers = write(trainer.model, tokenizer, questions)
+    quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+    measured.answers = write(trainer.model, tokenizer, questions, bar=None if quiet else "Answers")
     if len(questions):
         measured["accuracy"] = share_equal(measured.answers, completions_of(questions))
     return measured

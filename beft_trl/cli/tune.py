@@ -278,6 +278,7 @@ def _train_winner(bench: Bench, choice: Choice, result: _Result) -> dict[str, fl
                 continue
             if number > 1:
                 set_deltas(trainer.model, mean_deltas(members))
+                trainer.state.log_history.clear()  # a learning curve of the last member would not be that of the mean
             trainer.card_sections = [section_of(choice, PICTURE_FILE, result.judged_by)]
             trainer.save_model(str(result.folder))
             if bench.tested:

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -121,8 +122,8 @@ def export_lora(
     tried = encoded[::HELD_OUT][:KEPT_TEXTS] or shared.texts
     with whole_or_nothing(output) as partial:
         _write(partial, content.deltas, shared, model, content.base_model or str(folder))
-        found = _behaviour(_loaded(copy.deepcopy(model), partial, content.deltas), tried)
-        expected = _behaviour(with_adapter(model, adapter, content), tried)
+        found = _behaviour(_loaded(copy.deepcopy(model), partial, content.deltas), tried, "LoRA")
+        expected = _behaviour(with_adapter(model, adapter, content), tried, "adapter")
         report = _compare(found, expected, tried, str(output), str(file), shared, content.deltas)
         if not force:
             _refuse(report, model.dtype)
@@ -218,11 +219,11 @@ def _loaded(base: Any, folder: Path, deltas: dict[str, Tensor]) -> PeftModel:
 
 
 @torch.no_grad()
-def _behaviour(model: Any, texts: list[tuple[list[int], int]]) -> list[tuple[Tensor, Tensor]]:
+def _behaviour(model: Any, texts: list[tuple[list[int], int]], whose: str) -> list[tuple[Tensor, Tensor]]:
     """For each text the logits at the tokens after its prompt, and the greedy tokens after it."""
     model.eval()
     found = []
-    for tokens, prompt in texts:
+    for tokens, prompt in tqdm(texts, desc=f"Answers of the {whose}", unit="text", leave=False, disable=None):
         given = torch.tensor([tokens], device=model.device)
         logits = model(input_ids=given).logits[0, max(prompt - 1, 0) : -1].float().cpu()
         answer = model.generate(

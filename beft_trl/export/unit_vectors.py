@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..weight_files import MergeError, write_tensors
 
@@ -171,7 +172,8 @@ def _inputs(
 ) -> Iterator[dict[str, tuple[Tensor, nn.LayerNorm | None]]]:
     """For each text what the projections are given, and the LayerNorm that gave it, if one did."""
     with _watched(model, modules) as found:
-        for tokens in texts:
+        # Without a terminal there is no bar, as in the other loops of an export.
+        for tokens in tqdm(texts, desc="Inputs of the projections", unit="text", leave=False, disable=None):
             found.clear()
             model(input_ids=torch.tensor([tokens], device=next(model.parameters()).device), use_cache=False)
             yield found
