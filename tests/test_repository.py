@@ -34,9 +34,10 @@ def test_nothing_in_it_is_a_symbolic_link():
     assert not [line for line in files.stdout.splitlines() if line.startswith("120000")]
 
 
-def test_ci_runs_the_commands_of_the_readme():
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    told = {part.strip() for line in re.findall(r"^pip install .*", readme, re.MULTILINE) for part in line.split("&&")}
+def test_ci_runs_the_commands_of_readme_and_contributing():
+    pages = "".join((REPOSITORY / page).read_text(encoding="utf-8") for page in ("README.md", "CONTRIBUTING.md"))
+    lines = re.findall(r"^pip install -c .*", pages, re.MULTILINE)
+    told = {part.strip() for line in lines for part in line.split("&&")}
     install, run = ((REPOSITORY / ".ci" / file).read_text(encoding="utf-8") for file in ("install", "run"))
     commands = {line.strip() for line in install.splitlines() if line.strip().startswith("pip install")}
     commands |= set(re.findall(r"(?:^|=\w+ )((?:accelerate launch|pytest) .*)", run, re.MULTILINE))
