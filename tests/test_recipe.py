@@ -7,6 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from trl import DatasetMixtureConfig
 
+from beft_trl import BeftDPOConfig, BeftGRPOConfig, BeftSFTConfig
 from beft_trl.cli.bases import refuse_missing_model
 from beft_trl.cli.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe
 
@@ -16,6 +17,7 @@ LAUNCH_CONFIGS = sorted((REPOSITORY / "recipes" / "accelerate_configs").glob("*.
 AXOLOTL_RECIPES = (REPOSITORY / "recipes" / "axolotl").glob("*.yaml")  # held against Axolotl in test_axolotl.py
 GLUE_RECIPES = (REPOSITORY / "recipes" / "glue").glob("*.yaml")  # test_glue_encoder.py
 OTHERS = {*LAUNCH_CONFIGS, *AXOLOTL_RECIPES, *GLUE_RECIPES}
+CONFIGS = {"dpo.yaml": BeftDPOConfig, "grpo.yaml": BeftGRPOConfig}
 RECIPES = sorted(set((REPOSITORY / "recipes").rglob("*.yaml")) - OTHERS)
 
 
@@ -28,7 +30,10 @@ def on_the_cpu(monkeypatch):
 def test_every_shipped_recipe_parses_strictly(recipe, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     # bf16 is refused on a device without it, unless that is a CPU on purpose.
-    script_args, training_args, model_args, dataset_args = parse_recipe(["--config", str(recipe), "--use_cpu", "true"])
+    config = CONFIGS.get(recipe.name, BeftSFTConfig)
+    script_args, training_args, model_args, dataset_args = parse_recipe(
+        ["--config", str(recipe), "--use_cpu", "true"], config
+    )
     assert training_args.output_dir.startswith("outputs/")
     assert training_args.model_init_kwargs["dtype"] == model_args.dtype
     if script_args.train_file:
