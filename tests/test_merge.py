@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("beft_trl.weight_files.copy_and_patch", full)
+    monkeypatch.setattr("beft_trl.merge.checkpoint_files.copy_and_patch", full)
     with pytest.raises(OSError, match="No space left"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

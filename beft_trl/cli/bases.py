@@ -20,7 +20,8 @@ from transformers.utils import (
 
 from ..demo import DEMO_MODEL
 from ..layout import find_bias_sites, skeleton_of
-from ..weight_files import AGAIN, DAMAGE, CheckpointFiles, first_line
+from ..merge.checkpoint_files import CheckpointFiles
+from ..weight_files import AGAIN, DAMAGE, first_line
 
 
 SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)

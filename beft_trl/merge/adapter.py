@@ -14,14 +14,13 @@ from ..layout import find_bias_sites
 from ..weight_files import (
     AGAIN,
     AdapterContent,
-    CheckpointFiles,
     MergeError,
     first_line,
     read_adapter,
     read_json,
-    xxh3,
 )
 from .base import check_fit, find_base, load_model, read_config, refuse_other_shapes, skeleton_in
+from .checkpoint_files import CheckpointFiles, xxh3
 from .output import (
     TOKENIZER_FILES,
     MergeReport,

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..layout import BiasSite, build_skeleton, features, output_projection
-from ..weight_files import CheckpointFiles, MergeError
+from ..weight_files import MergeError
+from .checkpoint_files import CheckpointFiles
 
 
 # Config fields that give the projections of an architecture their biases.

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from ..layout import features, find_bias_sites
-from ..weight_files import CheckpointFiles, MergeError
+from ..weight_files import MergeError
 from .base import find_base, read_config, skeleton_in
+from .checkpoint_files import CheckpointFiles
 from .output import MergeReport, check_output, copy_files, files_to_copy, whole_or_nothing, write_config
 from .placement import with_biases
 from .servers import not_read
