@@ -190,7 +190,7 @@ def test_an_adapter_is_trained_further_under_lora_model_dir(world, trained, tmp_
         assert 0 < (delta - before[name]).abs().max() <= 7e-4
 
 
-@pytest.mark.parametrize(("bits", "packing"), [(8, True), (4, False)])
+@pytest.mark.parametrize(("bits", "packing"), [(8, True), pytest.param(4, False, marks=pytest.mark.matrix)])
 def test_a_quantised_base_really_is(world, tmp_path, bits, packing):
     config = settings(world, tmp_path, **{f"load_in_{bits}bit": True}, sample_packing=packing, bf16=True)
     if packing:
@@ -228,6 +228,7 @@ def test_merge_and_inference(world, trained, tmp_path):
     assert "w1 w2 w3" in run.stdout
 
 
+@pytest.mark.matrix
 def test_evaluation_with_the_adapter(world, trained, tmp_path):
     rows = {"val_set_size": 0.25, "dataset_prepared_path": str(tmp_path / "prepared")}
     losses = {}
