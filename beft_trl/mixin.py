@@ -37,7 +37,7 @@ from .checkpoints import (
     steps_of,
     warn_of_other_runs,
 )
-from .compat.adapters import beft_tuner, copy_to_reference
+from .compat.adapters import beft_tuner, reference_copied
 from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
 from .compat.losses import labelled_tokens_only
 from .compat.models import forget_input_gradients
@@ -165,11 +165,10 @@ class BeftTrainerMixin:
             saved_whole = given["peft_config"].modules_to_save
         else:
             given["model"] = attach_deltas(model, candidates, getattr(args, "modules_to_save", None) or ())
-        with beft_tuner():
+        with beft_tuner(), reference_copied(model, ADAPTER_NAME):
             super().__init__(**given)
         if saved_whole:
             name_saved_modules(self.model, saved_whole)
-        copy_to_reference(self.model, ADAPTER_NAME)
         self._check_tokens()
         launched = int(os.environ.get("WORLD_SIZE", 1))
         together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1

@@ -192,13 +192,14 @@ def test_a_reference_that_is_the_model_itself_is_refused(kind, tmp_path):
         )  # fmt: skip
 
 
-def test_an_adapter_that_goes_on_is_its_own_reference_and_is_saved_alone(tmp_path):
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_an_adapter_that_goes_on_is_its_own_reference_and_is_saved_alone(tmp_path, precomputed):
     """TRL copies it to an adapter named "ref", which is no part of what is saved."""
     first = make_dpo(make_llama(), tmp_path / "first", bias_term="value")
     first.train()
     first.save_model()
     adapted = PeftModel.from_pretrained(make_llama(), tmp_path / "first")
-    second = make_dpo(adapted, tmp_path / "second", bias_term="value")
+    second = make_dpo(adapted, tmp_path / "second", bias_term="value", precompute_ref_log_probs=precomputed)
     second.train()
     second.save_model()
     assert not (tmp_path / "second" / "ref").exists()
