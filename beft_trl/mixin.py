@@ -77,8 +77,9 @@ from .tuner import (
     adopt_deltas,
     attach_deltas,
     delta,
-    deltas_to_fp32,
     name_saved_modules,
+    trained_to_fp32,
+    trained_values,
 )
 
 
@@ -155,9 +156,10 @@ class BeftTrainerMixin:
         sites = sites_in(every_site, args.bias_layers)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
         candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
-        saved_whole = None
+        saved_whole, exact = None, None
         if isinstance(model, PeftModel):
             candidates = adopt_deltas(model, every_site)
+            exact = trained_values(model)
             sites = sites_in(every_site, ranges(site.layer for site in candidates))
         elif "peft_config" in inspect.signature(super().__init__).parameters:
             # TRL's trainers take the base without an adapter as reference model; of a PeftModel they would copy it.
@@ -183,7 +185,7 @@ class BeftTrainerMixin:
                 "instructions for 16 bits: a step takes up to a hundred times as long as in fp32. Use dtype=float32 "
                 "and bf16=False."
             )
-        deltas_to_fp32(self.model)
+        trained_to_fp32(self.model, exact)
         self._span_ends = end_backward_below(self.model, candidates)
         keep_4bit_trainable(self.model)
         self.bias_sites = sites

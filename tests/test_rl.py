@@ -10,7 +10,13 @@ from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    set_seed,
+)
 from trl import RewardConfig
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
@@ -243,6 +249,39 @@ def test_a_reward_model_is_saved_with_its_head(by_name, tmp_path):
     with torch.inference_mode():
         trained = trainer.model.eval()(**BATCH).logits
         assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "out")(**BATCH).logits, trained)
+
+
+def test_a_reward_head_in_16_bits_is_refused_before_weights_are_loaded(tmp_path):
+    make_reward_model().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="score of .* is in torch.bfloat16.*dtype=torch.float32"):
+        make_reward(str(tmp_path / "base"), tmp_path / "out", model_init_kwargs={"dtype": "bfloat16"})
+
+
+EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
+
+
+def test_a_reward_head_on_a_quantised_base_begins_as_it_was_loaded_and_learns_in_fp32(tmp_path):
+    """TRL casts what a quantised model trains to bf16."""
+    make_reward_model().save_pretrained(tmp_path / "base")
+    quantised = {"quantization_config": EIGHT_BITS, "dtype": "float32"}
+    trainer = make_reward(str(tmp_path / "base"), tmp_path / "out", model_init_kwargs=quantised)
+    head = trainer.model.get_parameter("base_model.model.score.modules_to_save.default.weight")
+    assert torch.equal(head, make_reward_model().score.weight)
+    trainer.train()
+    assert head.dtype == torch.float32 and not torch.equal(head, make_reward_model().score.weight)
+
+
+def test_an_adapter_on_a_quantised_base_goes_on_from_what_was_saved(tmp_path):
+    """TRL casts what a quantised model trains to bf16."""
+    make_llama().save_pretrained(tmp_path / "base")
+    first = make_dpo(make_llama(), tmp_path / "first", bias_term="value")
+    first.train()
+    first.save_model()
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=EIGHT_BITS, dtype=torch.float32)
+    second = make_dpo(PeftModel.from_pretrained(base, tmp_path / "first"), tmp_path / "second", bias_term="value")
+    for name, values in load_file(tmp_path / "first" / "adapter_model.safetensors").items():
+        assert torch.equal(second.model.get_parameter(f"{name}.default"), values)
 
 
 def test_a_causal_model_becomes_a_reward_model_by_its_name(tmp_path):
