@@ -206,7 +206,7 @@ class BeftTrainerMixin:
         positions = position_limit(self.model.get_base_model())
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, rows in {"train": self.train_dataset, **held_out}.items():
-            check_tokens(rows, name, vocabulary, positions)
+            check_tokens(rows, name, vocabulary, positions, getattr(self.args, "max_length", None))
 
     def why_no_gradient(self) -> str:
         """What usually keeps a loss from depending on any bias, and what to do: for the error that says so."""

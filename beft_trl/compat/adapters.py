@@ -102,8 +102,8 @@ def reference_copied(model: Any, adapter_name: str) -> Iterator[None]:
     """Inside, a reference adapter that TRL adds to `model` has the deltas of the one that is trained.
 
     TRL (1.16) copies parameters with `.default.` in their names, and the name of a delta ends with `.default`: the
-    reference would be the plain base. It is copied as it is added, since `precompute_ref_log_probs=True` uses it before
-    the trainer is made. This goes when TRL copies by adapter.
+    reference would be the plain base. It is copied as it is added, since `precompute_ref_log_probs=True` uses it
+    before the trainer is made. This goes when TRL copies by adapter.
     """
     if not isinstance(model, PeftModel):
         yield
@@ -116,7 +116,7 @@ def reference_copied(model: Any, adapter_name: str) -> Iterator[None]:
             if name == REFERENCE_NAME and isinstance(module, BeftLayer) and name in module.beft_bias:
                 module.beft_bias[name].data.copy_(module.beft_bias[adapter_name].data)
 
-    model.add_adapter = add_copied  # type: ignore[method-assign]
+    model.add_adapter = add_copied  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
