@@ -220,14 +220,15 @@ class _RewardsDiffer(TrainerCallback):
         self.trainer._seen = _Seen()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == PATIENCE:
+        if state.global_step - self.trainer._resumed_at == PATIENCE:
             seen = self.trainer._seen.in_any_process(self.trainer.accelerator)
             if not seen.enough:
                 logger.warning(f"Nothing was learnt in {PATIENCE} steps. {seen.why_nothing_was_learnt()}")
 
     def on_train_end(self, args, state, control, **kwargs):
         seen = self.trainer._seen.in_any_process(self.trainer.accelerator)
-        if state.global_step and not seen.enough:
+        # What a run learnt before it was resumed was not seen.
+        if state.global_step and not self.trainer._resumed_at and not seen.enough:
             raise RuntimeError(f"The run learnt nothing. {seen.why_nothing_was_learnt()}")
 
 

@@ -459,6 +459,18 @@ def test_rewards_that_do_not_differ_for_long_are_warned_of(tmp_path, caplog):
     assert sum("Nothing was learnt in 10 steps. The rewards never differed" in text for text in caplog.messages) == 1
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_resumed_run_may_learn_nothing_more(steps, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "bias_term": "value"}
+    first = make_hopeless(tmp_path, short_answers, **saved)
+    first.train()
+    second = make_hopeless(tmp_path, **saved)
+    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{4 - steps}"))
+    if not steps:
+        found, expected = second.model.state_dict(), first.model.state_dict()
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
 def test_completions_of_which_no_token_counts_are_named(tmp_path):
     trainer = make_hopeless(
         tmp_path, short_answers, bias_term="value", mask_truncated_completions=True,
