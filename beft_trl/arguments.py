@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from huggingface_hub import get_token, is_offline_mode
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
@@ -85,8 +86,7 @@ def refuse_arguments(given: dict[str, Any]) -> None:
         )
     if isinstance(model, nn.Module):
         refuse_other_adapters(model)
-        if given.get("ref_model") is model:
-            raise ValueError("ref_model is the model itself: leave it out, the reference is the base without biases.")
+    refuse_reference(given)
     plugin = args.deepspeed_plugin
     if args.relative_learning_rate is not None and plugin is not None and "optimizer" in plugin.hf_ds_config.config:
         raise ValueError(
@@ -107,16 +107,55 @@ def refuse_arguments(given: dict[str, Any]) -> None:
         )
 
 
+def refuse_reference(given: dict[str, Any]) -> None:
+    """Refuses a reference model that TRL stumbles over once weights are loaded.
+
+    Raises:
+        TypeError, ValueError: with what was given and what would do.
+    """
+    reference, remedy = given.get("ref_model"), "leave it out, the reference is the base without biases"
+    if getattr(given["args"], "sync_ref_model", False):
+        raise ValueError(
+            "sync_ref_model=True moves a reference model towards the trained one, and here the reference is the base "
+            "without biases, of which there is one. Leave sync_ref_model out."
+        )
+    if reference is None:
+        return
+    if reference is given["model"]:
+        raise ValueError(f"ref_model is the model itself: {remedy}.")
+    if not isinstance(reference, nn.Module):
+        raise TypeError(f"ref_model must be a loaded model, got {reference!r:.80}. Load it, or {remedy}.")
+    if isinstance(reference, PeftModel):
+        raise ValueError(
+            "ref_model has an adapter, which TRL does not see through. Merge it first (merge_and_unload, or beft "
+            f"merge), or {remedy}."
+        )
+
+
 def refuse_encoder(model: Any) -> None:
-    """Refuses a model that does not generate text, at which `SFTTrainer` stops with an error of its own.
+    """Refuses a model that does not generate text, at which TRL's trainers stop with errors of their own.
 
     Raises:
         ValueError: with the class of the model.
     """
     if not model.can_generate():
         raise ValueError(
-            f"{type(model).__name__} does not generate text, and SFTTrainer trains models that do. Give a causal "
+            f"{type(model).__name__} does not generate text, and this trainer trains models that do. Give a causal "
             "language model, or train the head of an encoder's task with BeftTrainer."
+        )
+
+
+def refuse_endless(processor: Any) -> None:
+    """Refuses a tokenizer that has no token to pad or to end with.
+
+    Raises:
+        ValueError: with what to set.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is not None and (tokenizer.eos_token, tokenizer.pad_token) == (None, None):
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no eos_token to end an answer and no pad_token to fill a batch. Set "
+            "tokenizer.eos_token to the token with which this model ends its text."
         )
 
 

@@ -191,7 +191,7 @@ def sites_of_term(sites: Sequence[BiasSite], bias_term: str) -> list[BiasSite]:
 
 
 def skeleton_of(name: str, args: Any, auto_class: Any = None) -> nn.Module:
-    """The model that training arguments load by that name, without weights.
+    """The model that training arguments load by that name, without weights, in the dtype that they ask for.
 
     Args:
         name (`str`): name or path of the model.
@@ -212,7 +212,9 @@ def skeleton_of(name: str, args: Any, auto_class: Any = None) -> nn.Module:
             f"model_init_kwargs has {', '.join(unknown)}, which from_pretrained and {type(config).__name__} do not "
             "know. Leave it out, or look at its spelling."
         )
-    return skeleton
+    dtype = init.get("dtype")
+    dtype = config.dtype if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return skeleton.to(dtype) if isinstance(dtype, torch.dtype) else skeleton
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False, auto_class: Any = None) -> nn.Module:

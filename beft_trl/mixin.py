@@ -37,7 +37,7 @@ from .checkpoints import (
     steps_of,
     warn_of_other_runs,
 )
-from .compat.adapters import beft_tuner, copy_to_reference
+from .compat.adapters import beft_tuner, reference_copied
 from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
 from .compat.losses import labelled_tokens_only
 from .compat.models import forget_input_gradients
@@ -77,8 +77,9 @@ from .tuner import (
     adopt_deltas,
     attach_deltas,
     delta,
-    deltas_to_fp32,
     name_saved_modules,
+    trained_to_fp32,
+    trained_values,
 )
 
 
@@ -155,9 +156,10 @@ class BeftTrainerMixin:
         sites = sites_in(every_site, args.bias_layers)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
         candidates = sites if args.bias_term == "auto" else sites_of_term(sites, args.bias_term)
-        saved_whole = None
+        saved_whole, exact = None, None
         if isinstance(model, PeftModel):
             candidates = adopt_deltas(model, every_site)
+            exact = trained_values(model)
             sites = sites_in(every_site, ranges(site.layer for site in candidates))
         elif "peft_config" in inspect.signature(super().__init__).parameters:
             # TRL's trainers take the base without an adapter as reference model; of a PeftModel they would copy it.
@@ -165,11 +167,10 @@ class BeftTrainerMixin:
             saved_whole = given["peft_config"].modules_to_save
         else:
             given["model"] = attach_deltas(model, candidates, getattr(args, "modules_to_save", None) or ())
-        with beft_tuner():
+        with beft_tuner(), reference_copied(model, ADAPTER_NAME):
             super().__init__(**given)
         if saved_whole:
             name_saved_modules(self.model, saved_whole)
-        copy_to_reference(self.model, ADAPTER_NAME)
         self._check_tokens()
         launched = int(os.environ.get("WORLD_SIZE", 1))
         together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1
@@ -184,7 +185,7 @@ class BeftTrainerMixin:
                 "instructions for 16 bits: a step takes up to a hundred times as long as in fp32. Use dtype=float32 "
                 "and bf16=False."
             )
-        deltas_to_fp32(self.model)
+        trained_to_fp32(self.model, exact)
         self._span_ends = end_backward_below(self.model, candidates)
         keep_4bit_trainable(self.model)
         self.bias_sites = sites
@@ -205,7 +206,7 @@ class BeftTrainerMixin:
         positions = position_limit(self.model.get_base_model())
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, rows in {"train": self.train_dataset, **held_out}.items():
-            check_tokens(rows, name, vocabulary, positions)
+            check_tokens(rows, name, vocabulary, positions, getattr(self.args, "max_length", None))
 
     def why_no_gradient(self) -> str:
         """What usually keeps a loss from depending on any bias, and what to do: for the error that says so."""

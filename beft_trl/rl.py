@@ -3,13 +3,12 @@
 The reference model of all of them is the frozen base with the biases switched off: there is no second copy of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import (
@@ -25,16 +24,19 @@ from trl import (
     RLOOTrainer,
 )
 
-from .arguments import check_settings, name_of
+from .arguments import check_settings, name_of, refuse_encoder, refuse_endless
 from .compat.rollouts import send_only_biases
 from .config import RELATIVE_LEARNING_RATE, BeftConfigMixin, RelativeRatesMixin
+from .data.preferences import check_marks, check_pairs, check_preferences
 from .deltas import whole_biases
 from .layout import find_bias_sites
 from .mixin import BeftTrainerMixin
+from .rewards import checked_rewards
 
 
 logger = get_logger(__name__)
 
+PAIRS = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"))
 PATIENCE = 10  # steps without a reward that differs before a run says so
 
 
@@ -88,12 +90,35 @@ class BeftRLOOConfig(OnlineMixin, RLOOConfig):
     """`trl.RLOOConfig` with the settings of [`BeftConfigMixin`], [`RelativeRatesMixin`] and [`OnlineMixin`]."""
 
 
-class _FromPairs(BeftTrainerMixin):
-    """Learns from pairs of a chosen and a rejected answer."""
+class _FromRows(BeftTrainerMixin):
+    """Looks at its rows before anything is loaded."""
+
+    _formats: Sequence[Sequence[str]]  # the columns of each format that it takes
+    _checks: Sequence[Callable[[Any, str], None]] = ()  # of the rows to learn from
 
     def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
         check_settings(given["args"], given.get("optimizer_cls_and_kwargs"))
-        refuse_equal_pairs(given.get("train_dataset"))
+        if not isinstance(self, RewardTrainer):
+            refuse_encoder(skeleton)
+        refuse_endless(given.get("processing_class"))
+        for name in ("train_dataset", "eval_dataset"):
+            rows = given.get(name)
+            if isinstance(rows, dict):
+                kind = type(rows)
+                given[name] = kind(
+                    {key: check_preferences(part, f"{name} {key!r}", self._formats) for key, part in rows.items()}
+                )
+            elif rows is not None:
+                given[name] = check_preferences(rows, name, self._formats)
+        for check in self._checks:
+            check(given.get("train_dataset"), "train_dataset")
+
+
+class _FromPairs(_FromRows):
+    """Learns from pairs of a chosen and a rejected answer."""
+
+    _formats = PAIRS
+    _checks = (check_pairs,)
 
     def why_no_gradient(self) -> str:
         return (
@@ -102,8 +127,10 @@ class _FromPairs(BeftTrainerMixin):
         )
 
 
-class _FromRewards(BeftTrainerMixin):
+class _FromRewards(_FromRows):
     """Learns from rewards of its own completions."""
+
+    _formats = (("prompt",),)
 
     def __init__(self, *positional: Any, **kwargs: Any):
         self._seen = _Seen()
@@ -114,8 +141,16 @@ class _FromRewards(BeftTrainerMixin):
             send_only_biases(self.vllm_generation, self._trained_biases)
 
     def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
+        super()._check_given(given, skeleton)
+        given["reward_funcs"] = checked_rewards(given.get("reward_funcs"))
         args = given["args"]
-        check_settings(args)
+        if getattr(args, "cast_lm_head_to_fp32", False) and getattr(skeleton.config, "tie_word_embeddings", False):
+            # This goes when TRL (1.16) looks for the embeddings inside the adapter.
+            raise ValueError(
+                "cast_lm_head_to_fp32=True is for a head of its own: this model's is tied to its embeddings, which "
+                "TRL does not find under an adapter. Leave it out, or load the whole model in fp32, "
+                'model_init_kwargs={"dtype": "float32"}.'
+            )
         bare = next((site.module for site in find_bias_sites(skeleton) if not site.has_bias), None)
         if args.use_vllm and bare is not None:
             name = name_of(given["model"])
@@ -168,9 +203,9 @@ class _Seen:
             )
         if not self.differing:
             return (
-                "The rewards never differed among the completions of a prompt, so that none was better than another. "
-                "Give a reward for part of the way (length, format), more num_generations, a higher temperature, or "
-                "prompts that the base solves now and then."
+                "The rewards never differed among the completions of a prompt, so that none was better than another; "
+                "None and NaN do not count. Give a reward for part of the way (length, format), more "
+                "num_generations, a higher temperature, or prompts that the base solves now and then."
             )
         return "The rewards differed: look at beta, epsilon and the reward functions."
 
@@ -185,14 +220,15 @@ class _RewardsDiffer(TrainerCallback):
         self.trainer._seen = _Seen()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == PATIENCE:
+        if state.global_step - self.trainer._resumed_at == PATIENCE:
             seen = self.trainer._seen.in_any_process(self.trainer.accelerator)
             if not seen.enough:
                 logger.warning(f"Nothing was learnt in {PATIENCE} steps. {seen.why_nothing_was_learnt()}")
 
     def on_train_end(self, args, state, control, **kwargs):
         seen = self.trainer._seen.in_any_process(self.trainer.accelerator)
-        if state.global_step and not seen.enough:
+        # What a run learnt before it was resumed was not seen.
+        if state.global_step and not self.trainer._resumed_at and not seen.enough:
             raise RuntimeError(f"The run learnt nothing. {seen.why_nothing_was_learnt()}")
 
 
@@ -202,10 +238,12 @@ class BeftDPOTrainer(_FromPairs, DPOTrainer):
     _config_class = BeftDPOConfig
 
 
-class BeftKTOTrainer(BeftTrainerMixin, KTOTrainer):
+class BeftKTOTrainer(_FromRows, KTOTrainer):
     """`trl.KTOTrainer` that trains one attention bias term. Takes what `KTOTrainer` takes, except a `peft_config`."""
 
     _config_class = BeftKTOConfig
+    _formats = (("prompt", "completion", "label"), PAIRS[0])
+    _checks = (check_marks,)
 
 
 class BeftRewardTrainer(_FromPairs, RewardTrainer):
@@ -239,24 +277,3 @@ class BeftRLOOTrainer(_FromRewards, RLOOTrainer):
     """`trl.RLOOTrainer` that trains one attention bias term. As [`BeftGRPOTrainer`], by REINFORCE leave-one-out."""
 
     _config_class = BeftRLOOConfig
-
-
-def refuse_equal_pairs(rows: Any) -> None:
-    """Refuses rows whose chosen and rejected answers are the same, and warns of some.
-
-    Raises:
-        ValueError: if no pair differs.
-    """
-    if not isinstance(rows, Dataset) or not {"chosen", "rejected"} <= set(rows.column_names) or not len(rows):
-        return
-    equal = sum(
-        chosen == rejected
-        for batch in rows.select_columns(["chosen", "rejected"]).iter(1000)
-        for chosen, rejected in zip(batch["chosen"], batch["rejected"], strict=True)
-    )
-    if equal == len(rows):
-        raise ValueError(
-            "'chosen' and 'rejected' are the same in every row, so that none is preferred: mend the rows."
-        )
-    if equal:
-        logger.warning(f"{equal} of {len(rows)} rows have the same answer as chosen and rejected, and teach nothing.")

@@ -12,7 +12,7 @@ from . import report
 from .arguments import check_settings, give_enough_steps, refuse_absent_anchor, refuse_encoder, refuse_unknown_metric
 from .config import BeftSFTConfig, BeftTrainingArguments
 from .data.labels import drop_masked, refuse_too_few_rows
-from .data.rows import UNRENDERED, check_cells, check_columns, check_roles, explain_unrendered, prepare_rows
+from .data.rows import TURNS, UNRENDERED, check_cells, check_columns, check_roles, explain_unrendered, prepare_rows
 from .mixin import BeftTrainerMixin
 
 
@@ -60,7 +60,7 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
             check_columns(rows, args, formatting, name)
             if formatting is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
                 return rows
-            rows = check_cells(rows, name, args.dataset_text_field)
+            rows = check_cells(rows, name, (args.dataset_text_field, *TURNS))
             return prepare_rows(rows, args.dataset_text_field, args.dataset_num_proc)
 
         for name in ("train_dataset", "eval_dataset"):

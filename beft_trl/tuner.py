@@ -1,6 +1,6 @@
 """The trainable deltas next to the projections, as an adapter of PEFT's own BEFT tuner."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,16 +209,31 @@ def _confine(model: PeftModel, sites: Sequence[BiasSite]) -> list[RemovableHandl
     return handles
 
 
-def deltas_to_fp32(model: PeftModel) -> None:
-    """Puts every delta to fp32, in place, before an optimizer holds it.
+def trained_values(model: PeftModel) -> dict[str, Tensor]:
+    """The values of the deltas, and of what is trained whole, by name, as they are: nothing is copied."""
+    return {
+        name: values.data for name, values in model.named_parameters() if ".beft_bias." in name or SAVED_WHOLE in name
+    }
 
-    TRL casts the trainable parameters of a quantised model to bf16 in `SFTTrainer.__init__`, and PEFT leaves those of
-    a 16-bit model in the model's dtype under ZeRO-3. A bf16 bias of 0.5 does not move under steps of 1e-3.
+
+def trained_to_fp32(model: PeftModel, exact: Mapping[str, Tensor] | None = None) -> None:
+    """Puts every delta, and what is trained whole, to fp32, in place, before an optimizer holds it.
+
+    TRL casts the trainable parameters of a quantised model to bf16 in its trainers' `__init__`, and PEFT leaves the
+    deltas of a 16-bit model in the model's dtype under ZeRO-3. A bf16 bias of 0.5 does not move under steps of 1e-3.
+
+    Args:
+        model (`PeftModel`): with what is trained.
+        exact (`Mapping[str, Tensor]`, *optional*): [`trained_values`] of before the cast, which are put back. Without
+            them a module trained whole begins with the values of the base model.
     """
-    for module in model.modules():
-        if isinstance(module, BeftLayer):
-            for delta in module.beft_bias.values():
-                delta.data = delta.data.float()
+    for name, rounded in trained_values(model).items():
+        if rounded.dtype.itemsize < torch.float32.itemsize:
+            values = (exact or {}).get(name)
+            if values is None and SAVED_WHOLE in name:
+                values = model.get_parameter(name.replace(SAVED_WHOLE, ".original_module.")).data
+            source = rounded if values is None or values.shape != rounded.shape else values
+            model.get_parameter(name).data = source.to(rounded.device, torch.float32, copy=True)
 
 
 def delta(model: PeftModel, site: BiasSite) -> nn.Parameter:

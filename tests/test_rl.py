@@ -10,11 +10,17 @@ from statistics import fmean
 import architectures
 import pytest
 import torch
-from conftest import make_llama, make_rows, make_tokenizer
+from conftest import make_llama, make_opt, make_rows, make_tokenizer
 from datasets import Dataset, concatenate_datasets
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    set_seed,
+)
 from trl import RewardConfig
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
@@ -99,6 +105,7 @@ def make_reward(model, folder, **settings):
 
 
 TRAINERS = {"DPO": make_dpo, "KTO": make_kto, "GRPO": make_grpo, "RLOO": make_rloo}
+TURN = {"role": "assistant", "content": "w1"}
 BATCH = {"input_ids": torch.tensor([[5, 6, 7]])}
 
 
@@ -184,26 +191,164 @@ def test_only_learnt_tokens_count_for_the_size_of_the_outputs(kind, tmp_path, mo
     assert trainer.learning_rates[path] == pytest.approx(0.1 * sizes[0], rel=1e-4)
 
 
+GIVEN = {
+    "DPO": (BeftDPOTrainer, BeftDPOConfig, pairs), "KTO": (BeftKTOTrainer, BeftKTOConfig, marked),
+    "reward": (BeftRewardTrainer, BeftRewardConfig, pairs), "GRPO": (BeftGRPOTrainer, BeftGRPOConfig, prompts),
+}  # fmt: skip
+
+
+def make(kind, folder, model=None, rows=None, tokenizer=None, settings=None, **given):
+    """A trainer with anything of it replaced."""
+    trainer, config, own_rows = GIVEN[kind]
+    if kind == "GRPO":
+        given = {"reward_funcs": short_answers, **given}
+        settings = {"num_generations": 2, "max_completion_length": 6, **(settings or {})}
+    if model is None:
+        model = make_reward_model() if kind == "reward" else make_llama()
+    return trainer(
+        model, args=config(str(folder), **COMMON | {"bias_term": "value"} | (settings or {})),
+        train_dataset=own_rows() if rows is None else rows, processing_class=tokenizer or make_tokenizer(), **given,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
-def test_a_reference_that_is_the_model_itself_is_refused(kind, tmp_path):
+def test_references_that_are_none_are_refused(kind, tmp_path):
     model = make_llama()
-    make, config, rows = {
-        "DPO": (BeftDPOTrainer, BeftDPOConfig, pairs), "KTO": (BeftKTOTrainer, BeftKTOConfig, marked),
-    }[kind]  # fmt: skip
-    with pytest.raises(ValueError, match="ref_model"):
-        make(
-            model, ref_model=model, args=config(str(tmp_path), **COMMON), train_dataset=rows(),
-            processing_class=make_tokenizer(),
-        )  # fmt: skip
+    with pytest.raises(ValueError, match="ref_model is the model itself"):
+        make(kind, tmp_path, model, ref_model=model)
+    with pytest.raises(TypeError, match="ref_model must be a loaded model, got 'base'"):
+        make(kind, tmp_path, ref_model="base")
+    adapted = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="ref_model has an adapter.*Merge it"):
+        make(kind, tmp_path, ref_model=adapted)
+    with pytest.raises(ValueError, match="Leave sync_ref_model out"):
+        make(kind, tmp_path, settings={"sync_ref_model": True})
 
 
-def test_an_adapter_that_goes_on_is_its_own_reference_and_is_saved_alone(tmp_path):
+def test_another_reference_is_the_one_that_counts(tmp_path):
+    """The first loss by hand: the model is the base, and the reference is another model."""
+    rows = pairs().select(range(4))
+    trainer = make("DPO", tmp_path, rows=rows, settings={"max_steps": 1, "beta": 0.5}, ref_model=make_llama(seed=5))
+    trainer.train()
+    tokenizer, margins = make_tokenizer(), []
+    for row in rows:
+        margin = 0.0
+        for sign, answer in ((1, row["chosen"]), (-1, row["rejected"])):
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            tokens = torch.tensor([[*tokenizer(row["prompt"] + answer)["input_ids"], tokenizer.eos_token_id]])
+            for model, share in ((make_llama(), 1), (make_llama(seed=5), -1)):
+                with torch.inference_mode():
+                    found = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
+                likely = found.gather(1, tokens[0, 1:, None]).squeeze(1)[len(prompt) - 1 :]
+                margin += sign * share * likely.sum()
+        margins.append(0.5 * margin)
+    expected = -torch.nn.functional.logsigmoid(torch.stack(margins)).mean().item()
+    assert next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry) == pytest.approx(expected)
+
+
+WRONG_ROWS = {
+    "columns": ({"text": "w1 w2"}, "found text. Needed: '"),
+    "missing": ({"prompt": "w1", "chosen": None, "rejected": " w3", "completion": None, "label": True}, "is missing"),
+    "numbers": ({"prompt": 1, "chosen": 2, "rejected": 3, "completion": 2, "label": True}, "'prompt' is 1"),
+    "turns": (
+        {"prompt": "w1", "chosen": [TURN], "rejected": [TURN], "completion": [TURN], "label": True},
+        "'prompt' is text.* turns",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("wrong", [*WRONG_ROWS, "none"])
+def test_rows_of_a_wrong_kind_are_named(kind, wrong, tmp_path):
+    if kind == "GRPO" and wrong in ("missing", "turns"):
+        return  # it learns from prompts only
+    row, message = WRONG_ROWS.get(wrong, ({}, "train_dataset is empty"))
+    rows = Dataset.from_list([row] * 4) if row else GIVEN[kind][2]().select([])
+    with pytest.raises(ValueError, match=message):
+        make(kind, tmp_path, rows=rows)
+
+
+@pytest.mark.parametrize("label", [None, "yes", math.nan])
+def test_labels_that_say_nothing_are_named(label, tmp_path):
+    rows = Dataset.from_list([{**row, "label": label} for row in make_rows(4)])
+    with pytest.raises(ValueError, match="Row 1 of train_dataset: 'label' is .*true .a desired answer. or false"):
+        make("KTO", tmp_path, rows=rows)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_labels_that_are_all_the_same_are_warned_of(label, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="beft_trl")
+    make("KTO", tmp_path, rows=Dataset.from_list([{**row, "label": label} for row in make_rows(4)]))
+    assert any(f"All 4 rows of train_dataset have label={label}" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "reward"])
+def test_tokens_that_the_model_does_not_have_are_named(kind, tmp_path):
+    model = make_reward_model() if kind == "reward" else make_llama()
+    model.resize_token_embeddings(20)
+    with pytest.raises(ValueError, match="of the train dataset has .* in (prompt|chosen)_ids.* tokens 0 to 19"):
+        make(kind, tmp_path, model)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_rows_beyond_the_positions_or_cut_off_are_named(kind, tmp_path):
+    words = " ".join("w1" for _ in range(62))
+    rows = Dataset.from_list([
+        {"prompt": words, "chosen": " w2 w3", "rejected": " w3", "completion": " w2 w3", "label": index % 2 == 0}
+        for index in range(4)
+    ])  # fmt: skip
+    with pytest.raises(ValueError, match="has 65 tokens, and the model has 64 positions.*max_length to at most 64"):
+        make(kind, tmp_path, make_opt(), rows)
+    make(kind, tmp_path, make_opt(), rows, settings={"max_length": 64})
+    with pytest.raises(ValueError, match="No row of the train dataset is left within max_length=62"):
+        make(kind, tmp_path, make_opt(), rows, settings={"max_length": 62})
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_a_tokenizer_that_can_end_nothing_is_refused(kind, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no eos_token"):
+        make(kind, tmp_path, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO"])
+def test_a_model_that_generates_no_text_is_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match="does not generate text"):
+        make(kind, tmp_path, architectures.build("bert"))
+
+
+def async_of(values):
+    async def reward(completions, **columns):
+        return values
+
+    return reward
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("values", [None, 1.0, ["good"] * 4, [[1.0]] * 4, [1.0, math.inf, 0.0, 0.0]], ids=str)
+def test_rewards_of_a_wrong_kind_are_named(values, asynchronous, tmp_path):
+    def reward(completions, **columns):
+        return values
+
+    trainer = make("GRPO", tmp_path, reward_funcs=[async_of(values) if asynchronous else reward])
+    with pytest.raises((TypeError, ValueError), match="The reward function reward returned .*one finite number"):
+        trainer.train()
+
+
+def test_a_tied_head_is_not_cast(tmp_path):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True.*tied"):
+        make("GRPO", tmp_path, make_llama(tie_word_embeddings=True), settings={"cast_lm_head_to_fp32": True})
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_an_adapter_that_goes_on_is_its_own_reference_and_is_saved_alone(tmp_path, precomputed):
     """TRL copies it to an adapter named "ref", which is no part of what is saved."""
     first = make_dpo(make_llama(), tmp_path / "first", bias_term="value")
     first.train()
     first.save_model()
     adapted = PeftModel.from_pretrained(make_llama(), tmp_path / "first")
-    second = make_dpo(adapted, tmp_path / "second", bias_term="value")
+    second = make_dpo(adapted, tmp_path / "second", bias_term="value", precompute_ref_log_probs=precomputed)
     second.train()
     second.save_model()
     assert not (tmp_path / "second" / "ref").exists()
@@ -249,6 +394,39 @@ def test_a_reward_model_is_saved_with_its_head(by_name, tmp_path):
         assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "out")(**BATCH).logits, trained)
 
 
+def test_a_reward_head_in_16_bits_is_refused_before_weights_are_loaded(tmp_path):
+    make_reward_model().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="score of .* is in torch.bfloat16.*dtype=torch.float32"):
+        make_reward(str(tmp_path / "base"), tmp_path / "out", model_init_kwargs={"dtype": "bfloat16"})
+
+
+EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
+
+
+def test_a_reward_head_on_a_quantised_base_begins_as_it_was_loaded_and_learns_in_fp32(tmp_path):
+    """TRL casts what a quantised model trains to bf16."""
+    make_reward_model().save_pretrained(tmp_path / "base")
+    quantised = {"quantization_config": EIGHT_BITS, "dtype": "float32"}
+    trainer = make_reward(str(tmp_path / "base"), tmp_path / "out", model_init_kwargs=quantised)
+    head = trainer.model.get_parameter("base_model.model.score.modules_to_save.default.weight")
+    assert torch.equal(head, make_reward_model().score.weight)
+    trainer.train()
+    assert head.dtype == torch.float32 and not torch.equal(head, make_reward_model().score.weight)
+
+
+def test_an_adapter_on_a_quantised_base_goes_on_from_what_was_saved(tmp_path):
+    """TRL casts what a quantised model trains to bf16."""
+    make_llama().save_pretrained(tmp_path / "base")
+    first = make_dpo(make_llama(), tmp_path / "first", bias_term="value")
+    first.train()
+    first.save_model()
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=EIGHT_BITS, dtype=torch.float32)
+    second = make_dpo(PeftModel.from_pretrained(base, tmp_path / "first"), tmp_path / "second", bias_term="value")
+    for name, values in load_file(tmp_path / "first" / "adapter_model.safetensors").items():
+        assert torch.equal(second.model.get_parameter(f"{name}.default"), values)
+
+
 def test_a_causal_model_becomes_a_reward_model_by_its_name(tmp_path):
     """As RewardTrainer does: the head is new, and trained."""
     make_llama().save_pretrained(tmp_path / "base")
@@ -286,6 +464,18 @@ def test_rewards_that_do_not_differ_for_long_are_warned_of(tmp_path, caplog):
     assert sum("Nothing was learnt in 10 steps. The rewards never differed" in text for text in caplog.messages) == 1
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_resumed_run_may_learn_nothing_more(steps, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "bias_term": "value"}
+    first = make_hopeless(tmp_path, short_answers, **saved)
+    first.train()
+    second = make_hopeless(tmp_path, **saved)
+    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{4 - steps}"))
+    if not steps:
+        found, expected = second.model.state_dict(), first.model.state_dict()
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
 def test_completions_of_which_no_token_counts_are_named(tmp_path):
     trainer = make_hopeless(
         tmp_path, short_answers, bias_term="value", mask_truncated_completions=True,
@@ -307,7 +497,7 @@ def test_pairs_that_are_equal_are_refused(tmp_path, caplog, trainer, config):
         trainer(model, train_dataset=equal, **given)
     caplog.set_level("WARNING", logger="beft_trl")
     trainer(model, train_dataset=concatenate_datasets([rows, equal.select(range(3))]), **given)
-    assert any("3 of 35 rows have the same answer" in text for text in caplog.messages)
+    assert any("3 of 35 rows of train_dataset have the same answer" in text for text in caplog.messages)
 
 
 def test_defaults_suit_biases_and_the_reward_head_keeps_its_own(tmp_path):

@@ -9,7 +9,7 @@ from peft import get_peft_model_state_dict
 from beft_trl import find_bias_sites
 from beft_trl.deltas import check_moved, gather_deltas, native_biases, set_deltas
 from beft_trl.layout import sites_of_term
-from beft_trl.tuner import Deltas, attach_deltas, delta, deltas_to_fp32
+from beft_trl.tuner import Deltas, attach_deltas, delta, trained_to_fp32
 
 
 def attached(model, bias_term="auto"):
@@ -66,7 +66,7 @@ def test_deltas_become_fp32_whatever_they_were():
     for site in sites:  # what TRL does to a quantised model
         delta(model, site).data = delta(model, site).data.bfloat16()
     before = [delta(model, site) for site in sites]
-    deltas_to_fp32(model)
+    trained_to_fp32(model)
     assert {delta(model, site).dtype for site in sites} == {torch.float32}
     assert all(delta(model, site) is parameter for site, parameter in zip(sites, before, strict=True))
     assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}

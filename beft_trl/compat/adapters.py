@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +28,7 @@ __all__ = [
     "BeftModel",
     "Conv1DWithDelta",
     "beft_tuner",
-    "copy_to_reference",
+    "reference_copied",
     "set_targets",
     "switched_off",
 ]
@@ -96,12 +97,27 @@ def set_targets(model: Any, adapter_name: str, modules: list[str]) -> None:
     model.peft_config[adapter_name].target_modules = modules
 
 
-def copy_to_reference(model: nn.Module, adapter_name: str) -> None:
-    """Gives TRL's reference adapter the deltas of the one that is trained, in place.
+@contextmanager
+def reference_copied(model: Any, adapter_name: str) -> Iterator[None]:
+    """Inside, a reference adapter that TRL adds to `model` has the deltas of the one that is trained.
 
     TRL (1.16) copies parameters with `.default.` in their names, and the name of a delta ends with `.default`: the
-    reference would be the plain base. This goes when it copies by adapter.
+    reference would be the plain base. It is copied as it is added, since `precompute_ref_log_probs=True` uses it
+    before the trainer is made. This goes when TRL copies by adapter.
     """
-    for module in model.modules():
-        if isinstance(module, BeftLayer) and REFERENCE_NAME in module.beft_bias:
-            module.beft_bias[REFERENCE_NAME].data.copy_(module.beft_bias[adapter_name].data)
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    add_adapter = model.add_adapter
+
+    def add_copied(name: str, *args: Any, **kwargs: Any) -> None:
+        add_adapter(name, *args, **kwargs)
+        for module in model.modules():
+            if name == REFERENCE_NAME and isinstance(module, BeftLayer) and name in module.beft_bias:
+                module.beft_bias[name].data.copy_(module.beft_bias[adapter_name].data)
+
+    model.add_adapter = add_copied  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del model.add_adapter

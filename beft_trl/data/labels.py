@@ -20,26 +20,33 @@ IGNORED = -100  # the label of a token that the loss passes over
 REMEDY = "Check prompt and completion, completion_only_loss and assistant_only_loss, or raise max_length."
 MASKED = f"all their labels are masked. {REMEDY}"
 SHOWN_ROWS = 2
+PARTS = ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")  # of preferences
 # Names of position tables, or their classes, in Transformers.
 POSITION_TABLE = re.compile(r"wpe\b|position\w*embedding|embed_positions", re.IGNORECASE)
 
 
-def check_tokens(dataset: Any, name: str, vocabulary: int, positions: int | None) -> None:
+def check_tokens(
+    dataset: Any, name: str, vocabulary: int, positions: int | None, max_length: int | None = None
+) -> None:
     """Refuses rows with tokens or labels that the model does not have, and rows beyond its positions.
 
     Args:
-        dataset: what a trainer trains on. Anything but a `Dataset` with `input_ids` is passed over.
+        dataset: what a trainer trains on. Anything but a `Dataset` with tokens is passed over.
         name (`str`): of the rows, for messages.
         vocabulary (`int`): rows of the model's embedding.
         positions (`int`, *optional*): rows of its position table, `None` for positions without one.
+        max_length (`int`, *optional*): to which a collator cuts a prompt with its answer.
 
     Raises:
-        ValueError: with the row and the number, or if the labels of all rows are masked.
+        ValueError: with the row and the number, if the labels of all rows are masked, or if no row is left.
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
-    columns = [column for column in ("input_ids", "labels") if holds_tokens(dataset, column)]
-    if "input_ids" not in columns:
+    columns = [column for column in ("input_ids", "labels", *PARTS) if column in dataset.column_names]
+    if columns and not len(dataset):
+        raise ValueError(f"No row of the {name} dataset is left within max_length={max_length}. Raise max_length.")
+    columns = [column for column in columns if holds_tokens(dataset, column)]
+    if not set(columns) - {"labels"}:
         return
     learnt, offset = "labels" not in columns, 0
     for batch in dataset.select_columns(columns).with_format("arrow").iter(10_000):
@@ -59,7 +66,7 @@ def check_tokens(dataset: Any, name: str, vocabulary: int, positions: int | None
                     f"Row {row + 1} of the {name} dataset has {numbers[found].as_py()} in {column}, and the model's "
                     f"embedding has the tokens 0 to {vocabulary - 1}. Use the tokenizer of this model."
                 )
-        longest = pc.max(pc.list_value_length(batch["input_ids"])).as_py() or 0
+        longest = _longest(batch, columns, max_length)
         if positions is not None and longest > positions:
             raise ValueError(
                 f"A row of the {name} dataset has {longest} tokens, and the model has {positions} positions. Set "
@@ -68,6 +75,14 @@ def check_tokens(dataset: Any, name: str, vocabulary: int, positions: int | None
         offset += len(batch)
     if not learnt:
         raise ValueError(f"None of the {len(dataset)} rows of the {name} dataset has a token to learn from: {MASKED}")
+
+
+def _longest(batch: Any, columns: list[str], max_length: int | None) -> int:
+    """Tokens of the longest sequence that the model is given: a row, or a prompt with one of its answers."""
+    lengths = {column: pc.fill_null(pc.list_value_length(batch[column]), 0) for column in columns}
+    prompt = lengths.pop("prompt_ids", 0)
+    longest: int = max(pc.max(pc.add(prompt, answer)).as_py() or 0 for answer in lengths.values())
+    return longest if max_length is None or "input_ids" in columns else min(longest, max_length)
 
 
 def position_limit(model: Any) -> int | None:

@@ -1,7 +1,7 @@
 """The rows that a run is given: in a format of TRL's, with text in every cell that is learnt, and no turn lost."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -23,6 +23,7 @@ ROLES = {
     "function_response": "tool", "observation": "tool",
 }  # fmt: skip
 TURNS = ("messages", "conversations", "prompt", "completion")
+TOGETHER = ("prompt", "completion", "chosen", "rejected")  # all text or all turns
 NAMES = {"from": "role", "value": "content"}  # of ShareGPT
 WITHOUT_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # what a turn may have in its place
 TEXT = ("string", "large_string")
@@ -71,13 +72,16 @@ def check_columns(
         )
 
 
-def check_cells(dataset: Any, name: str, text_field: str = "text") -> Any:
+def check_cells(
+    dataset: Any, name: str, columns: Sequence[str] = ("text", *TURNS), blank_is_text: bool = False
+) -> Any:
     """Refuses rows with a cell that is learnt and is missing, blank or no text, of whatever format of TRL's.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the rows.
         name (`str`): of the rows, for messages.
-        text_field (`str`, *optional*, defaults to `"text"`): the column of plain text.
+        columns (`Sequence[str]`, *optional*): with text or turns, of which rows have some.
+        blank_is_text (`bool`, *optional*, defaults to `False`): whether an answer may be empty.
 
     Returns:
         The rows; those of a stream are looked at as they come, after the first.
@@ -94,10 +98,10 @@ def check_cells(dataset: Any, name: str, text_field: str = "text") -> Any:
     if "input_ids" in first:
         _check_tokenized(dataset, list(first), name)
         return dataset
-    learnt = [column for column in (text_field, *TURNS) if column in first]
+    learnt = [column for column in columns if column in first]
     if stream:
-        _check_row(first, 0, name, learnt)
-        options = {"name": name, "columns": learnt}
+        options: dict[str, Any] = {"name": name, "columns": learnt, "blank_is_text": blank_is_text}
+        _check_row(first, 0, **options)
         return dataset.map(_check_row, with_indices=True, fn_kwargs=options, features=dataset.features)
     plain = [column for column in learnt if getattr(dataset.features[column], "dtype", None) in TEXT]
     for column in plain:
@@ -106,32 +110,34 @@ def check_cells(dataset: Any, name: str, text_field: str = "text") -> Any:
             cells = batch[column]
             blank = pc.equal(pc.utf8_trim_whitespace(cells), "")
             # An empty prompt is a prompt; an empty completion would be learnt as an end.
-            wrong = pc.is_null(cells) if column == "prompt" else pc.or_kleene(pc.is_null(cells), blank)
+            allowed = blank_is_text or column == "prompt"
+            wrong = pc.is_null(cells) if allowed else pc.or_kleene(pc.is_null(cells), blank)
             found = pc.index(wrong, True).as_py()
             if found >= 0:
                 _refuse_cell(name, offset + found, column, cells[found].as_py())
             offset += len(batch)
     others = [column for column in learnt if column not in plain]
     for number, row in enumerate(dataset.select_columns(others) if others else ()):
-        _check_row(row, number, name, others)
-    _check_pair(first, 0, name)
+        _check_row(row, number, name, others, blank_is_text)
+    _check_pair(first, 0, name, columns)
     return dataset
 
 
-def _check_row(row: dict[str, Any], number: int, name: str, columns: list[str]) -> dict[str, Any]:
+def _check_row(row: dict[str, Any], number: int, name: str, columns: list[str], blank_is_text: bool) -> dict[str, Any]:
     for column in columns:
-        _check_cell(row.get(column), name, number, column)
-    _check_pair(row, number, name)
+        _check_cell(row.get(column), name, number, column, blank_is_text)
+    _check_pair(row, number, name, columns)
     return row
 
 
-def _check_pair(row: dict[str, Any], number: int, name: str) -> None:
-    pair = [row[column] for column in ("prompt", "completion") if column in row]
-    if len({isinstance(value, list) for value in pair}) > 1:
-        kinds = ["turns" if isinstance(value, list) else "text" for value in pair]
+def _check_pair(row: dict[str, Any], number: int, name: str, columns: Sequence[str]) -> None:
+    together = [column for column in TOGETHER if column in row and column in columns]
+    kinds = {column: "turns" if isinstance(row[column], list) else "text" for column in together}
+    if len(set(kinds.values())) > 1:
+        found = [f"{column!r} is {kind}" for column, kind in kinds.items()]
         raise ValueError(
-            f"Row {number + 1} of {name}: 'prompt' is {kinds[0]} and 'completion' {kinds[1]}. Give both as text, or "
-            "both as turns of a conversation."
+            f"Row {number + 1} of {name}: {', '.join(found[:-1])} and {found[-1]}. Give all as text, or all as turns "
+            "of a conversation."
         )
 
 
@@ -165,9 +171,9 @@ def _refuse_cell(name: str, row: int, column: str, value: Any) -> None:
     )
 
 
-def _check_cell(value: Any, name: str, row: int, column: str) -> None:
+def _check_cell(value: Any, name: str, row: int, column: str, blank_is_text: bool) -> None:
     if isinstance(value, str):
-        if not value.strip() and column != "prompt":
+        if not value.strip() and column != "prompt" and not blank_is_text:
             _refuse_cell(name, row, column, "")
         return
     if not isinstance(value, list) or not value:
@@ -185,7 +191,7 @@ def _check_cell(value: Any, name: str, row: int, column: str) -> None:
                 'content, such as {"role": "user", "content": "..."}. Complete the row, or take it out.'
             )
         blank = not (content.strip() if isinstance(content, str) else content)
-        if blank and not more and ROLES.get(role, role) == "assistant":
+        if blank and not more and not blank_is_text and ROLES.get(role, role) == "assistant":
             raise ValueError(
                 f"Row {row + 1} of {name}: turn {number} of {column!r}, of the role {role!r}, is empty, and would be "
                 "learnt as an end. Complete the row, or take it out."
