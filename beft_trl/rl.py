@@ -28,6 +28,7 @@ from .arguments import check_settings, name_of, refuse_encoder, refuse_endless
 from .compat.rollouts import send_only_biases
 from .config import RELATIVE_LEARNING_RATE, BeftConfigMixin, RelativeRatesMixin
 from .data.preferences import check_marks, check_pairs, check_preferences
+from .data.rows import prepare_rows
 from .deltas import whole_biases
 from .layout import find_bias_sites
 from .mixin import BeftTrainerMixin
@@ -105,13 +106,14 @@ class _FromRows(BeftTrainerMixin):
             rows = given.get(name)
             if isinstance(rows, dict):
                 kind = type(rows)
-                given[name] = kind(
-                    {key: check_preferences(part, f"{name} {key!r}", self._formats) for key, part in rows.items()}
-                )
+                given[name] = kind({key: self._checked(part, f"{name} {key!r}") for key, part in rows.items()})
             elif rows is not None:
-                given[name] = check_preferences(rows, name, self._formats)
+                given[name] = self._checked(rows, name)
         for check in self._checks:
             check(given.get("train_dataset"), "train_dataset")
+
+    def _checked(self, rows: Any, name: str) -> Any:
+        return prepare_rows(check_preferences(rows, name, self._formats))
 
 
 class _FromPairs(_FromRows):
@@ -136,7 +138,6 @@ class _FromRewards(_FromRows):
         self._seen = _Seen()
         super().__init__(*positional, **kwargs)
         self.add_callback(_RewardsDiffer(self))
-
         if self.use_vllm:
             send_only_biases(self.vllm_generation, self._trained_biases)
 

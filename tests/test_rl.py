@@ -603,3 +603,35 @@ def test_the_rewards_of_the_example():
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
     assert example["names_a_team"](completions) == pytest.approx([0.2, 0.2, 0.2, 0.1, 0, 0])
     assert example["names_the_right_team"](completions, team=["Billing"] * 6) == pytest.approx([1, 0, 1, 0.5, 0, 0])
+
+
+def test_turns_by_the_names_of_sharegpt_are_learnt(tmp_path):
+    """Templates write no turn of the roles "human" and "gpt": the first loss would be that of empty answers."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{% if turn.role in ('user', 'assistant') %}{{ turn.content }} {% endif %}"
+        "{% endfor %}"
+    )
+
+    def turns(role, text, names):
+        return [{names[0]: role, names[1]: text}]
+
+    def first_batch(roles, names, folder):
+        rows = Dataset.from_list(
+            [
+                {
+                    "prompt": turns(roles[0], row["prompt"].strip(), names),
+                    "chosen": turns(roles[1], row["completion"].strip(), names),
+                    "rejected": turns(roles[1], "w50 w51", names),
+                }
+                for row in make_rows(8)
+            ]
+        )
+        args = BeftDPOConfig(str(folder), **COMMON)
+        trainer = BeftDPOTrainer(make_llama(), args, train_dataset=rows, processing_class=tokenizer)
+        return next(iter(trainer.get_train_dataloader()))["input_ids"]
+
+    expected = first_batch(("user", "assistant"), ("role", "content"), tmp_path / "own")
+    assert expected.shape[1] > 4
+    assert torch.equal(first_batch(("human", "gpt"), ("from", "value"), tmp_path / "sharegpt"), expected)
+    assert torch.equal(first_batch(("human", "gpt"), ("role", "content"), tmp_path / "mixed"), expected)

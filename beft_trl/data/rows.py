@@ -214,12 +214,13 @@ def prepare_rows(dataset: Any, text_field: str = "text", num_proc: int | None = 
     row = next(iter(dataset), None) or {}
     if "input_ids" in row:
         return dataset
-    turns = [name for name in TURNS if isinstance(row.get(name), list)]
+    turns = [name for name in dict.fromkeys((*TURNS, *TOGETHER)) if isinstance(row.get(name), list)]
     other = "prompt and completion" if {"prompt", "completion"} <= set(row) else "turns" if turns else None
     if text_field in row and other:
         logger.warning_once(f"The column {text_field!r} is left out, since the rows have {other}.")
         dataset = dataset.remove_columns(text_field)
-    if "conversations" in turns or any(turn.get("role") in ROLES for name in turns for turn in row[name]):
+    old = (turn.get("role") in ROLES or "from" in turn for name in turns for turn in row[name])
+    if "conversations" in turns or any(old):
         options: dict[str, Any] = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
         with PartialState().main_process_first():
             dataset = dataset.map(
