@@ -1,9 +1,10 @@
-"""Learns to name the right team from rewards only: GRPO that trains one attention bias term.
+"""Learns to name teams from rewards only: GRPO that trains one attention bias term.
 
     accelerate launch examples/grpo.py
 
-No answer is shown to the model. It writes eight for each message of the demo, and is told how good they are: a little
-for naming a team, and a lot for the right one, times the share of the answer that is the name. Every field of
+No answer is shown to the model. It writes four for each message of the demo, and is told how good they are: a little
+for naming a team, and a lot for the right one, times the share of the answer that is the name. In 130 steps it learns to
+begin with a team, and not yet with the right one. Every field of
 `BeftScriptArguments`, `BeftGRPOConfig` and `trl.ModelConfig` can stand in the recipe or on the command line.
 """
 
@@ -22,7 +23,7 @@ from beft_trl.evaluation import evaluate
 
 RECIPE = "recipes/rl/grpo.yaml"
 TEAMS = ("Billing", "Shipping", "Returns", "Technical", "Account", "Sales")
-FOR_A_TEAM = 0.2  # so that the model finds names before it finds the right ones
+FOR_A_TEAM = 0.3  # so that the model finds names before it finds the right ones
 
 
 def named(answer: str) -> tuple[str | None, float]:

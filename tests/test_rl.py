@@ -601,7 +601,7 @@ def test_the_rewards_of_the_example():
     example = runpy.run_path(str(EXAMPLES / "grpo.py"))
     answers = ["Billing", "Sales", " Billing ", "Billing!!!!!!!", "Billing or Sales", "I do not know"]
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
-    assert example["names_a_team"](completions) == pytest.approx([0.2, 0.2, 0.2, 0.1, 0, 0])
+    assert example["names_a_team"](completions) == pytest.approx([0.3, 0.3, 0.3, 0.15, 0, 0])
     assert example["names_the_right_team"](completions, team=["Billing"] * 6) == pytest.approx([1, 0, 1, 0.5, 0, 0])
 
 
