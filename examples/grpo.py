@@ -3,9 +3,9 @@
     accelerate launch examples/grpo.py
 
 No answer is shown to the model. It writes four for each message of the demo, and is told how good they are: a little
-for naming a team, and a lot for the right one, times the share of the answer that is the name. In 130 steps it learns to
-begin with a team, and not yet with the right one. Every field of
-`BeftScriptArguments`, `BeftGRPOConfig` and `trl.ModelConfig` can stand in the recipe or on the command line.
+for naming a team, and a lot for the right one, times the share of the answer that is the name. In 130 steps it learns
+to begin with a team, and not yet with the right one. Every field of `BeftScriptArguments`, `BeftGRPOConfig` and
+`trl.ModelConfig` can stand in the recipe or on the command line.
 """
 
 import sys
