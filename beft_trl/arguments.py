@@ -54,10 +54,26 @@ def arguments_by_name(init: Callable, args: tuple, kwargs: dict[str, Any]) -> di
     return given
 
 
+def path_of(model: Any) -> str:
+    """A model's name or path, and `"model"` for one that was made, not loaded."""
+    config: Any = model.config if isinstance(model, nn.Module) else None
+    return (str(model) if config is None else config.name_or_path) or "model"
+
+
 def name_of(model: Any) -> str:
     """The last part of a model's name or path, for a folder of its runs."""
-    name: Any = model.config if isinstance(model, nn.Module) else model
-    return Path(str(getattr(name, "name_or_path", name)) or "model").name
+    return Path(path_of(model)).name
+
+
+def check_datasets(given: dict[str, Any], check: Callable[[Any, str], Any]) -> None:
+    """Puts what `check(rows, name)` gives in the place of each dataset of a trainer's arguments."""
+    for name in ("train_dataset", "eval_dataset"):
+        rows = given.get(name)
+        if isinstance(rows, dict):
+            kind = type(rows)
+            given[name] = kind({key: check(part, f"{name} {key!r}") for key, part in rows.items()})
+        elif rows is not None:
+            given[name] = check(rows, name)
 
 
 def refuse_arguments(given: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from trl import (
     RLOOTrainer,
 )
 
-from .arguments import check_settings, name_of, refuse_encoder, refuse_endless
+from .arguments import check_datasets, check_settings, name_of, path_of, refuse_encoder, refuse_endless
 from .compat.rollouts import send_only_biases
 from .config import RELATIVE_LEARNING_RATE, BeftConfigMixin, RelativeRatesMixin
 from .data.preferences import check_marks, check_pairs, check_preferences
@@ -102,13 +102,7 @@ class _FromRows(BeftTrainerMixin):
         if not isinstance(self, RewardTrainer):
             refuse_encoder(skeleton)
         refuse_endless(given.get("processing_class"))
-        for name in ("train_dataset", "eval_dataset"):
-            rows = given.get(name)
-            if isinstance(rows, dict):
-                kind = type(rows)
-                given[name] = kind({key: self._checked(part, f"{name} {key!r}") for key, part in rows.items()})
-            elif rows is not None:
-                given[name] = self._checked(rows, name)
+        check_datasets(given, self._checked)
         for check in self._checks:
             check(given.get("train_dataset"), "train_dataset")
 
@@ -152,13 +146,17 @@ class _FromRewards(_FromRows):
                 "TRL does not find under an adapter. Leave it out, or load the whole model in fp32, "
                 'model_init_kwargs={"dtype": "float32"}.'
             )
+        if args.use_vllm:
+            self._refuse_base_without_biases(given["model"], skeleton)
+
+    def _refuse_base_without_biases(self, model: Any, skeleton: Any) -> None:
         bare = next((site.module for site in find_bias_sites(skeleton) if not site.has_bias), None)
-        if args.use_vllm and bare is not None:
-            name = name_of(given["model"])
+        if bare is not None:
+            name = path_of(model)
             raise ValueError(
                 f"use_vllm=True sends vLLM the trained biases, and it has no room for them: {bare} has no bias. Write "
-                f"the base with biases of zero, beft merge --base {name} --output {name}-biases, and train that (and "
-                "start the server with it)."
+                f"the base with biases of zero, beft merge --base {name} --output {name_of(model)}-biases, and train "
+                "that (and start the server with it)."
             )
 
     def _trained_biases(self) -> Iterator[tuple[str, Tensor]]:
@@ -212,7 +210,7 @@ class _Seen:
 
 
 class _RewardsDiffer(TrainerCallback):
-    """Says when the rewards of a run teach nothing: the loss alone is as small in a good run."""
+    """Says when the rewards of a run teach nothing: the loss does not show it."""
 
     def __init__(self, trainer: _FromRewards):
         self.trainer = trainer

@@ -9,7 +9,14 @@ from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
 from . import report
-from .arguments import check_settings, give_enough_steps, refuse_absent_anchor, refuse_encoder, refuse_unknown_metric
+from .arguments import (
+    check_datasets,
+    check_settings,
+    give_enough_steps,
+    refuse_absent_anchor,
+    refuse_encoder,
+    refuse_unknown_metric,
+)
 from .config import BeftSFTConfig, BeftTrainingArguments
 from .data.labels import drop_masked, refuse_too_few_rows
 from .data.rows import TURNS, UNRENDERED, check_cells, check_columns, check_roles, explain_unrendered, prepare_rows
@@ -63,12 +70,7 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
             rows = check_cells(rows, name, (args.dataset_text_field, *TURNS))
             return prepare_rows(rows, args.dataset_text_field, args.dataset_num_proc)
 
-        for name in ("train_dataset", "eval_dataset"):
-            rows = given.get(name)
-            if isinstance(rows, dict):
-                given[name] = {key: checked(part, f"{name} {key!r}") for key, part in rows.items()}
-            elif rows is not None:
-                given[name] = checked(rows, name)
+        check_datasets(given, checked)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         rows = (dataset, f"{dataset_name}_dataset", processing_class, self.chat_template)

@@ -211,9 +211,8 @@ def _confine(model: PeftModel, sites: Sequence[BiasSite]) -> list[RemovableHandl
 
 def trained_values(model: PeftModel) -> dict[str, Tensor]:
     """The values of the deltas, and of what is trained whole, by name, as they are: nothing is copied."""
-    return {
-        name: values.data for name, values in model.named_parameters() if ".beft_bias." in name or SAVED_WHOLE in name
-    }
+    deltas = {name: values for name, values in model.named_parameters() if ".beft_bias." in name}
+    return {name: values.data for name, values in (deltas | parameters_saved_whole(model)).items()}
 
 
 def trained_to_fp32(model: PeftModel, exact: Mapping[str, Tensor] | None = None) -> None:

@@ -6,17 +6,12 @@ The pairs are made of the demo's messages: the right team is chosen, and each ot
 of `BeftScriptArguments`, `BeftDPOConfig` and `trl.ModelConfig` can stand in the recipe or on the command line.
 """
 
-import sys
-
-from accelerate import PartialState
 from datasets import Dataset
 from trl import get_quantization_config
 
 from beft_trl import BeftDPOConfig, BeftDPOTrainer
 from beft_trl.cli import explained_errors
-from beft_trl.cli.recipe import parse_recipe
-from beft_trl.cli.run import check_base, leave, load_data
-from beft_trl.demo import DEMO_MODEL, make_demo
+from beft_trl.cli.run import check_base, leave, load_data, recipe_of_script
 from beft_trl.evaluation import evaluate
 
 
@@ -41,11 +36,7 @@ def pairs(rows: Dataset) -> Dataset:
 
 
 def main() -> None:
-    own = [] if any(each.split("=")[0] == "--config" for each in sys.argv) else ["--config", RECIPE]
-    recipe = parse_recipe([*own, *sys.argv[1:]], BeftDPOConfig)
-    with PartialState().main_process_first():
-        if recipe.base_model == str(DEMO_MODEL):
-            make_demo()
+    recipe = recipe_of_script(RECIPE, BeftDPOConfig)
     check_base(recipe)
     data = load_data(recipe)
     trainer = BeftDPOTrainer(

@@ -8,16 +8,11 @@ to begin with a team, and not yet with the right one. Every field of `BeftScript
 `trl.ModelConfig` can stand in the recipe or on the command line.
 """
 
-import sys
-
-from accelerate import PartialState
 from trl import get_quantization_config
 
 from beft_trl import BeftGRPOConfig, BeftGRPOTrainer
 from beft_trl.cli import explained_errors
-from beft_trl.cli.recipe import parse_recipe
-from beft_trl.cli.run import check_base, leave, load_data
-from beft_trl.demo import DEMO_MODEL, make_demo
+from beft_trl.cli.run import check_base, leave, load_data, recipe_of_script
 from beft_trl.evaluation import evaluate
 
 
@@ -42,11 +37,7 @@ def names_the_right_team(completions, team, **columns) -> list[float]:
 
 
 def main() -> None:
-    own = [] if any(each.split("=")[0] == "--config" for each in sys.argv) else ["--config", RECIPE]
-    recipe = parse_recipe([*own, *sys.argv[1:]], BeftGRPOConfig)
-    with PartialState().main_process_first():
-        if recipe.base_model == str(DEMO_MODEL):
-            make_demo()
+    recipe = recipe_of_script(RECIPE, BeftGRPOConfig)
     check_base(recipe)
     data = load_data(recipe)
     trainer = BeftGRPOTrainer(

@@ -12,23 +12,13 @@ Every field of `BeftScriptArguments`, `BeftSFTConfig`, `trl.ModelConfig` and `tr
 the recipe or on the command line. `beft train RECIPE.yaml` is the same run by the installed command.
 """
 
-import sys
-
-from accelerate import PartialState
-
 from beft_trl.cli import explained_errors
-from beft_trl.cli.recipe import parse_recipe
-from beft_trl.cli.run import leave, train
-from beft_trl.demo import DEMO_MODEL, DEMO_RECIPE, make_demo
+from beft_trl.cli.run import leave, recipe_of_script, train
+from beft_trl.demo import DEMO_RECIPE
 
 
 def main() -> None:
-    named = [] if any(each.split("=")[0] == "--config" for each in sys.argv) else ["--config", str(DEMO_RECIPE)]
-    recipe = parse_recipe([*named, *sys.argv[1:]])
-    with PartialState().main_process_first():
-        if recipe.base_model == str(DEMO_MODEL):
-            make_demo()
-    leave(train(recipe))
+    leave(train(recipe_of_script(DEMO_RECIPE)))
 
 
 if __name__ == "__main__":

@@ -221,16 +221,19 @@ def merge(
     ] = "transformers",
 ) -> None:
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""
-    _tell_working(f"Merging {adapter}" + (", and comparing the logits of both models" if verify else ""))
+    if adapter is None and (base is None or output_projection or server != "transformers"):
+        raise typer.BadParameter("Give an adapter, or only --base for that base with biases of zero.")
+    if adapter is None:
+        _tell_working(f"Adding biases of zero to {base}")
+    else:
+        _tell_working(f"Merging {adapter}" + (", and comparing the logits of both models" if verify else ""))
     from ..merge.adapter import merge_adapter
     from ..merge.zero_biases import add_zero_biases
 
     if adapter is not None:
         _tell(merge_adapter(adapter, output, base, output_projection, verify, link, server))
-    elif base is not None and not output_projection and server == "transformers":
+    elif base is not None:
         _tell(add_zero_biases(base, output, link))
-    else:
-        raise typer.BadParameter("Give an adapter, or only --base for that base with biases of zero.")
 
 
 @app.command()

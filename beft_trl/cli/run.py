@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
@@ -14,13 +15,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from .. import report
+from ..config import BeftSFTConfig
+from ..demo import DEMO_MODEL, make_demo
 from ..evaluation import completions_of, share_equal, text_of, write
 from ..importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
 from ..layout import TERMS
 from ..trainer import BeftSFTTrainer
 from ..weight_files import DAMAGE, first_line
 from .bases import base_skeleton, check_weights, refuse_missing_model
-from .recipe import Recipe, held_out_rows, load_rows, split_names
+from .recipe import Recipe, held_out_rows, load_rows, parse_recipe, split_names
 
 
 class Data(NamedTuple):
@@ -39,6 +42,21 @@ def check_base(recipe: Recipe) -> None:
     """
     refuse_missing_model(recipe.base_model, recipe.model.model_revision)
     check_weights(recipe.base_model, recipe.training, base_skeleton(recipe.base_model, recipe.training))
+
+
+def recipe_of_script(default: str | Path, config: type = BeftSFTConfig) -> Recipe:
+    """The recipe that an example is called with, after the demo's files are put here if its base is the demo's.
+
+    Args:
+        default: the recipe of a call without `--config`.
+        config: class of the training configuration, see [`parse_recipe`].
+    """
+    given = any(each.split("=")[0] == "--config" for each in sys.argv)
+    recipe = parse_recipe([*([] if given else ["--config", str(default)]), *sys.argv[1:]], config)
+    with PartialState().main_process_first():
+        if recipe.base_model == str(DEMO_MODEL):
+            make_demo()
+    return recipe
 
 
 def load_data(recipe: Recipe) -> Data:

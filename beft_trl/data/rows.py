@@ -22,7 +22,8 @@ ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_response": "tool", "observation": "tool",
 }  # fmt: skip
-TURNS = ("messages", "conversations", "prompt", "completion")
+CONVERSATIONS = ("messages", "conversations")
+TURNS = (*CONVERSATIONS, "prompt", "completion")
 TOGETHER = ("prompt", "completion", "chosen", "rejected")  # all text or all turns
 NAMES = {"from": "role", "value": "content"}  # of ShareGPT
 WITHOUT_CONTENT = ("tool_calls", "reasoning_content", "thinking")  # what a turn may have in its place
@@ -214,7 +215,7 @@ def prepare_rows(dataset: Any, text_field: str = "text", num_proc: int | None = 
     row = next(iter(dataset), None) or {}
     if "input_ids" in row:
         return dataset
-    turns = [name for name in dict.fromkeys((*TURNS, *TOGETHER)) if isinstance(row.get(name), list)]
+    turns = [name for name in (*CONVERSATIONS, *TOGETHER) if isinstance(row.get(name), list)]
     other = "prompt and completion" if {"prompt", "completion"} <= set(row) else "turns" if turns else None
     if text_field in row and other:
         logger.warning_once(f"The column {text_field!r} is left out, since the rows have {other}.")
