@@ -7,14 +7,18 @@ from pathlib import Path
 from statistics import fmean, geometric_mean, stdev
 
 import cost
+import defaults
 import quality
 import records
 import selection
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from tasks import MODELS
 
 
 IMAGES = Path(__file__).parents[1] / "images"
+FIGURES = {"accuracy": "accuracy over rows", "nll": "loss over rows"}
 KINDS = {"BEFT": "tab:blue", "PEFT BEFT": "tab:cyan", "output bias": "tab:cyan", "LoRA": "tab:orange"}
 
 
@@ -51,6 +55,23 @@ def draw_selection(judged: dict[tuple, list[selection.Judgement]], model: str, a
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 0.85))
 
 
+def draw_curve(arms: dict[str, dict[int, list[dict]]], figure: str, axes: Axes) -> None:
+    """A figure of the test rows over the number of rows to learn from, for each arm, with the spread over seeds."""
+    for arm in defaults.ARMS[1:]:
+        found = {rows: [line["test"][figure] for line in lines] for rows, lines in sorted(arms[arm].items())}
+        spread = [stdev(values) if len(values) > 1 else 0.0 for values in found.values()]
+        axes.errorbar(list(found), list(map(fmean, found.values())), yerr=spread, fmt="o-", capsize=3, label=arm)
+    counts = sorted({rows for by_rows in arms.values() for rows in by_rows})
+    axes.set(xscale="log")
+    axes.set_xticks(counts, [str(rows) for rows in counts])
+    axes.minorticks_off()
+    if figure == "nll":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
 def draw_cost(arms: dict[str, list[dict]], axes: Axes) -> None:
     """Seconds a step, relative to the floor."""
     times = {arm: cost.seconds(lines) / cost.seconds(arms["floor"]) for arm, lines in arms.items()}
@@ -62,10 +83,12 @@ def draw_cost(arms: dict[str, list[dict]], axes: Axes) -> None:
     axes.set(xlabel="step time, of a frozen forward and backward pass")
 
 
-def save(name: str, titles: list[str], draw) -> None:
+def save(name: str, titles: list[str], draw, rows: int = 1) -> None:
     if titles:
-        figure = Figure(figsize=(5.2 * len(titles), 3.8), layout="constrained")
-        for title, axes in zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True):
+        columns = len(titles) // rows
+        width = 5.2 if rows == 1 else 3.2
+        figure = Figure(figsize=(width * columns, (3.8 if rows == 1 else 2.8) * rows), layout="constrained")
+        for title, axes in zip(titles, figure.subplots(rows, columns, squeeze=False).flat, strict=True):
             draw(title, axes)
             axes.set_title(title, fontsize=9)
         figure.savefig(IMAGES / f"{name}.png", dpi=130)
@@ -82,6 +105,22 @@ def main() -> None:
     judged = selection.judgements(records.read(records.RESULTS / "selection.jsonl"))
     models = {Path(key[0]).name: key[0] for key in judged}
     save("selection", list(models), lambda title, axes: draw_selection(judged, models[title], axes))
+
+    small = next(model for model in MODELS if "SmolLM2" in model)
+    kinds = {
+        kind: arms
+        for (model, kind), arms in defaults.curves(records.RESULTS / "defaults.jsonl").items()
+        if model == small
+    }
+    panels = {f"{kind}: {label}": (kind, figure) for figure, label in FIGURES.items() for kind in kinds}
+
+    def draw_panel(title: str, axes: Axes) -> None:
+        kind, figure = panels[title]
+        draw_curve(kinds[kind], figure, axes)
+        if title == next(iter(panels)):
+            axes.legend(fontsize=7)
+
+    save("defaults", list(panels), draw_panel, rows=2)
 
     shapes = cost.by_shape(records.RESULTS / "cost.jsonl")
     first = {
