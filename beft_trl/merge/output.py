@@ -39,6 +39,7 @@ class MergeReport:
             largest logit; `None` if nothing was verified.
         quantized_difference: the same between the merged model and the quantised base that the adapter was trained
             on; `None` if it was not quantised.
+        gguf: file for llama.cpp, or `None` if none was asked for.
     """
 
     output: str
@@ -48,6 +49,7 @@ class MergeReport:
     base_hashes: dict[str, str] = field(default_factory=dict)
     difference: float | None = None
     quantized_difference: float | None = None
+    gguf: str | None = None
 
 
 def check_output(output: Path) -> None:

@@ -31,6 +31,55 @@ from pathlib import Path
 
 PROMPTS, NEW_TOKENS = 40, 8
 BASE = "base"
+TASKS = ["routing-126", "sst2-100", "trec-100"]
+MODEL = "models/SmolLM2-135M-Instruct"
+
+
+def tasks(arguments: argparse.Namespace) -> None:
+    """Loss and accuracy of an adapter and of its LoRA on the test rows of each task, by rows that the fit did not see.
+
+    The vectors are fitted to the task's own training rows, and once more taken from the first task's.
+    """
+    import records
+    import torch
+    from tasks import load_task
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from beft_trl import BeftSFTConfig, BeftSFTTrainer, export_lora, load_adapter
+    from beft_trl.evaluation import evaluate
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+
+    def measured(folder: Path) -> dict:
+        model = load_adapter(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), str(folder))
+        found = evaluate(model.eval(), tokenizer, list(task.test), list(task.choices), max_new_tokens=4)
+        return {"loss": found.loss, "ranked": found.ranked, "exact": found.exact}
+
+    done = {(line["task"], line["vectors"]) for line in records.read(arguments.results)}
+    for name in arguments.tasks:
+        task, folder = load_task(name, arguments.data_dir, seed=0), arguments.folder / name
+        wanted = [vectors for vectors in dict.fromkeys([name, arguments.tasks[0]]) if (name, vectors) not in done]
+        if wanted and not (folder / "adapter_config.json").exists():
+            config = BeftSFTConfig(
+                output_dir=str(folder), max_length=256, bf16=False, gradient_checkpointing=False, report_to="none",
+                save_strategy="no", disable_tqdm=True, seed=0, model_init_kwargs={"dtype": "float32"},
+            )  # fmt: skip
+            trainer = BeftSFTTrainer(MODEL, config, train_dataset=task.train, processing_class=tokenizer)
+            trainer.train()
+            trainer.save_model()
+        for vectors in wanted:
+            texts = [(row["prompt"], row["completion"] + tokenizer.eos_token) for row in task.train]
+            lora = arguments.folder / f"{name}-as-{vectors}"
+            report = export_lora(folder, lora, MODEL, texts, arguments.folder / f"{vectors}.safetensors", force=True)
+            line = {"task": name, "vectors": vectors, "error": max(report.errors.values()), "rows": len(task.test)}
+            line |= {"adapter": measured(folder), "lora": measured(lora)}
+            records.append(arguments.results, line)
+            print(json.dumps(line), flush=True)
+    print("| task | vectors fitted to | largest error | loss | of the LoRA | accuracy | of the LoRA |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for line in records.read(arguments.results):
+        figures = [f"{line[kind][figure]:.4f}" for figure in ("loss", "ranked") for kind in ("adapter", "lora")]
+        print(f"| {line['task']} | {line['vectors']} | {line['error']:.1%} | {' | '.join(figures)} |")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -174,13 +223,16 @@ def xllamacpp(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["prepare", "vllm", "xllamacpp"])
+    parser.add_argument("step", choices=["tasks", "prepare", "vllm", "xllamacpp"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--adapters", nargs="+", type=Path)
     parser.add_argument("--rows", type=Path, help="of the run, for the vectors of the LoRAs")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--gguf", type=Path, help="the base, for llama.cpp")
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "serving.jsonl")
     parsed = parser.parse_args()
     parsed.folder.mkdir(parents=True, exist_ok=True)
-    {"prepare": prepare, "vllm": vllm, "xllamacpp": xllamacpp}[parsed.step](parsed)
+    {"tasks": tasks, "prepare": prepare, "vllm": vllm, "xllamacpp": xllamacpp}[parsed.step](parsed)
     sys.exit()
