@@ -42,7 +42,7 @@ def adapter(tmp_path):
 
 @pytest.fixture
 def writes(tmp_path, monkeypatch):
-    """A function that puts two scripts of the converter's names into a folder, with `sentencepiece` installed or not."""
+    """A function that puts two scripts of the converter's names into a folder, and installs `sentencepiece` or not."""
 
     def make(script, sentencepiece=True):
         found = importlib.machinery.ModuleSpec("sentencepiece", None) if sentencepiece else None

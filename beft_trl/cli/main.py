@@ -223,7 +223,9 @@ def merge(
     server: Annotated[
         str, typer.Option("--for", help="What is to serve it: transformers, vllm, sglang, llama.cpp, ollama or mlx.")
     ] = "transformers",
-    gguf: Annotated[bool, typer.Option("--gguf", help="Add a GGUF of the merged model, with --for llama.cpp.")] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Add a GGUF of the merged model, with --for llama.cpp.")
+    ] = False,
     llama_cpp: LlamaCpp = None,
 ) -> None:
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""

@@ -95,15 +95,15 @@ def export_lora(
         force (`bool`, *optional*, defaults to `False`): write it although it is off by more than `LARGEST_ERROR` or
             `LARGEST_LOSS`.
         file_format (`str`, *optional*, defaults to `"lora"`): `"gguf"` adds a GGUF of it, for `llama-server --lora`.
-        llama_cpp (`str` or `Path`, *optional*): folder of llama.cpp's source, whose converter writes the GGUF. Default:
-            that of the environment variable `LLAMA_CPP`.
+        llama_cpp (`str` or `Path`, *optional*): folder of llama.cpp's source, whose converter writes the GGUF.
+            Default: that of the environment variable `LLAMA_CPP`.
 
     Returns:
         `ExportReport`: how far the LoRA is from the adapter.
 
     Raises:
-        MergeError: if adapter and base do not fit or are damaged, there are no texts, the LoRA is too far off, or there
-            is no converter for a GGUF.
+        MergeError: if adapter and base do not fit or are damaged, there are no texts, the LoRA is too far off, or
+            there is no converter for a GGUF.
         ValueError: for another format.
     """
     if file_format not in FORMATS:

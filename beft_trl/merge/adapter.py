@@ -84,8 +84,8 @@ def merge_adapter(
             that it does not read are left out, and biases that it would pass over are refused.
         gguf (`bool`, *optional*, defaults to `False`): add a GGUF of the merged model, which needs
             `server="llama.cpp"`. Its matrices have the checkpoint's dtype.
-        llama_cpp (`str` or `Path`, *optional*): folder of llama.cpp's source, whose converter writes the GGUF. Default:
-            that of the environment variable `LLAMA_CPP`.
+        llama_cpp (`str` or `Path`, *optional*): folder of llama.cpp's source, whose converter writes the GGUF.
+            Default: that of the environment variable `LLAMA_CPP`.
 
     Returns:
         `MergeReport`: what was changed, by what rule, and how far the logits are.

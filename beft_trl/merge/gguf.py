@@ -33,7 +33,9 @@ def find_converter(llama_cpp: str | Path | None = None) -> Path:
         )
     # It imports this one before it looks whether the tokenizer needs it.
     if importlib.util.find_spec("sentencepiece") is None:
-        raise MergeError("llama.cpp's converter imports sentencepiece, which is not installed: pip install sentencepiece")
+        raise MergeError(
+            "llama.cpp's converter imports sentencepiece, which is not installed: pip install sentencepiece"
+        )
     return folder
 
 
@@ -65,14 +67,17 @@ def convert_lora(converter: Path, lora: Path, base: Path, output: Path) -> None:
     Raises:
         MergeError: with the converter's last words, if it fails.
     """
-    _run(converter / LORA_SCRIPT, [str(lora), "--base", str(base), "--outfile", str(output), "--outtype", "f32"], output)
+    _run(
+        converter / LORA_SCRIPT, [str(lora), "--base", str(base), "--outfile", str(output), "--outtype", "f32"], output
+    )
 
 
 def _run(script: Path, arguments: list[str], output: Path) -> None:
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, errors="replace")
     if done.returncode or not output.is_file():
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        words = said[-1] if said else f"exit code {done.returncode}"
         raise MergeError(
-            f"{script} did not write a GGUF: {said[-1] if said else f'exit code {done.returncode}'}. A newer llama.cpp "
-            "may know this model; serve it as a checkpoint or as a LoRA of PEFT else."
+            f"{script} did not write a GGUF: {words}. If it does not know the model or its tokenizer, a newer "
+            "llama.cpp may."
         )

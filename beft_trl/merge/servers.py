@@ -54,7 +54,7 @@ SERVERS = {
     "ollama": Server(
         "its importer of safetensors",
         {},
-        instead="Give it a GGUF that llama.cpp's converter made of a checkpoint for llama.cpp: --for llama.cpp --gguf.",
+        instead="Give it a GGUF by llama.cpp's own converter: --for llama.cpp --gguf.",
     ),
     # mlx_lm/models/
     "mlx": Server("mlx-lm 0.32", {"llama": "qkvo", "qwen2": "qkv"}, instead="Take another server."),
