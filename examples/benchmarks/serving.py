@@ -47,8 +47,8 @@ MODEL = "models/SmolLM2-135M-Instruct"
 def tasks(arguments: argparse.Namespace) -> None:
     """Loss and accuracy of an adapter and of its LoRA on the test rows of each task.
 
-    The vectors are fitted to the task's own training rows, and once more to those of all three tasks. An answer is right
-    if each of its tokens, the end too, is the likeliest.
+    The vectors are fitted to the task's own training rows, and once more to those of all three tasks. An answer is
+    right if each of its tokens, the end too, is the likeliest.
     """
     import records
     import torch
