@@ -49,7 +49,9 @@ SERVERS = {
         },
     ),  # fmt: skip
     # The tables of tensors in src/ and convert_hf_to_gguf.py, which stops at a tensor that it does not know.
-    LLAMA_CPP: Server("as in llama-cpp-python 0.3.36", {"llama": "qkvo", "qwen2": "qkv", "qwen3": "qkv"}),
+    LLAMA_CPP: Server(
+        "as in llama-cpp-python 0.3.36", {"llama": "qkvo", "qwen2": "qkv", "qwen3": "qkv"}, run=("llama",)
+    ),
     # Its own importer permutes the weights of rotary queries and keys, and not their biases.
     "ollama": Server(
         "its importer of safetensors",
