@@ -1,8 +1,11 @@
 """A checkpoint for a server has the biases that it reads, and is refused if it would pass over one."""
 
+import json
+
 import pytest
 import torch
 from architectures import build
+from conftest import make_llama
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -10,6 +13,7 @@ from typer.testing import CliRunner
 from beft_trl import MergeError, find_bias_sites, merge_adapter
 from beft_trl.cli.main import app
 from beft_trl.merge.servers import NAMES, SERVERS
+from beft_trl.merge.zero_biases import add_zero_biases
 from beft_trl.tuner import attach_deltas, delta
 
 
@@ -91,3 +95,19 @@ def test_the_page_has_the_table_of_the_code():
             how = "run" if model_type in server.run else "read"
             told = ", ".join(letters) if letters else "none"
             assert f"| {name} | {server.version} | `{model_type}` | {told} | {how} |" in page
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 2.0}])
+def test_a_configuration_has_the_rotary_base_where_other_readers_look_too(tmp_path, scaling):
+    """mlx-lm reads `rope_theta` and `rope_scaling`, which Transformers 5 writes into `rope_parameters` only."""
+    rotary = {"rope_theta": 100_000.0, "rope_type": "default"} | scaling
+    model = make_llama(rope_parameters=rotary)
+    model.save_pretrained(tmp_path / "base")
+    add_zero_biases(tmp_path / "base", tmp_path / "zero")
+    record = json.loads((tmp_path / "zero" / "config.json").read_text())
+    assert record["rope_theta"] == 100_000.0
+    assert ("rope_scaling" in record) == bool(scaling) and scaling.items() <= record.get("rope_scaling", {}).items()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "zero").eval()
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS).logits, model.eval()(TOKENS).logits)

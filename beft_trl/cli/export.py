@@ -53,4 +53,6 @@ def export_report(report: ExportReport) -> Iterator[Any]:
     table.add_row(f"largest error of a.x = 1, of {LARGEST_ERROR:.0%}", "", f"{report.errors[path]:.2%} ({path})")
     yield table
     yield f"Wrote {report.output}, an ordinary LoRA of PEFT. Its vectors are kept for this base in {report.vectors}."
+    if report.gguf is not None:
+        yield f"  llama-server -m BASE.gguf --lora {report.gguf}"
     yield f"  vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules NAME={report.output}"

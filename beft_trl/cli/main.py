@@ -46,6 +46,10 @@ NewFolder = Annotated[Path, typer.Option(help="Folder to write, new or empty.")]
 Base = Annotated[
     str | None, typer.Option(help="Folder or hub name of the base model. Default: what the adapter names.")
 ]
+LlamaCpp = Annotated[
+    Path | None,
+    typer.Option(help="Folder of llama.cpp's source, whose converter writes the GGUF. Default: $LLAMA_CPP."),
+]
 
 
 @app.callback()
@@ -219,9 +223,13 @@ def merge(
     server: Annotated[
         str, typer.Option("--for", help="What is to serve it: transformers, vllm, sglang, llama.cpp, ollama or mlx.")
     ] = "transformers",
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Add a GGUF of the merged model, with --for llama.cpp.")
+    ] = False,
+    llama_cpp: LlamaCpp = None,
 ) -> None:
     """Writes a plain Transformers checkpoint with the adapter's biases in it."""
-    if adapter is None and (base is None or output_projection or server != "transformers"):
+    if adapter is None and (base is None or output_projection or gguf or server != "transformers"):
         raise typer.BadParameter("Give an adapter, or only --base for that base with biases of zero.")
     if adapter is None:
         _tell_working(f"Adding biases of zero to {base}")
@@ -231,7 +239,7 @@ def merge(
     from ..merge.zero_biases import add_zero_biases
 
     if adapter is not None:
-        _tell(merge_adapter(adapter, output, base, output_projection, verify, link, server))
+        _tell(merge_adapter(adapter, output, base, output_projection, verify, link, server, gguf, llama_cpp))
     elif base is not None:
         _tell(add_zero_biases(base, output, link))
 
@@ -249,6 +257,10 @@ def export(
         Path | None, typer.Option(help="File that keeps the base's vectors. Default: in the cache of the hub.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write it though it is too far off.")] = False,
+    file_format: Annotated[
+        str, typer.Option("--format", help="lora, or gguf for a GGUF of the LoRA, too: llama-server --lora.")
+    ] = "lora",
+    llama_cpp: LlamaCpp = None,
 ) -> None:
     """Writes the adapter as an ordinary LoRA of rank 1, for servers that apply LoRAs: vLLM, SGLang, llama.cpp."""
     with _quiet():
@@ -257,7 +269,7 @@ def export(
         from .export import export_report, read_texts
 
         texts = read_texts(rows, adapter, base) if rows is not None else None
-        report = export_lora(adapter, output, base, texts, vectors, force)
+        report = export_lora(adapter, output, base, texts, vectors, force, file_format, llama_cpp)
     console = Console(highlight=False)
     for part in export_report(report):
         console.print(part)
@@ -328,6 +340,8 @@ def _tell(report: "MergeReport") -> None:
         say(f"Largest difference of a logit to base plus adapter: {report.difference:.1e} of the largest.")
     else:
         say("Not verified: the logits were not compared.")
+    if report.gguf is not None:
+        say(f"  llama-server -m {report.gguf}")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from ..identity import identify_base
 from ..layout import find_bias_sites
 from ..merge.base import check_fit, find_base, load_model, read_config, refuse_other_shapes
+from ..merge.gguf import convert_lora, find_converter
 from ..merge.output import check_output, whole_or_nothing
 from ..merge.verify import with_adapter
 from ..tuner import CAUSAL_LM, task_ending
@@ -35,6 +36,8 @@ LARGEST_ERROR, LARGEST_LOSS = 0.1, 0.02
 EXACT_DIFFERENCE = 1e-4  # of a logit, relative to the largest, that rounding in fp32 explains after a LayerNorm
 NEW_TOKENS = 8
 REPORT_FILE = "beft_export.json"
+GGUF_FILE = "adapter_model.gguf"
+FORMATS = ("lora", "gguf")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class ExportReport:
         difference: largest difference of a logit over the texts, relative to the largest logit.
         equal_answers, answers: how many of the prompts have the same greedy tokens.
         loss, original_loss: nats for a token of what comes after the prompts, of the LoRA and of the adapter.
+        gguf: file for llama.cpp, or `None` if none was asked for.
     """
 
     output: str
@@ -60,6 +64,7 @@ class ExportReport:
     answers: int
     loss: float
     original_loss: float
+    gguf: str | None = None
 
 
 def export_lora(
@@ -69,6 +74,8 @@ def export_lora(
     texts: Sequence[tuple[str, str]] | None = None,
     vectors: str | Path | None = None,
     force: bool = False,
+    file_format: str = "lora",
+    llama_cpp: str | Path | None = None,
 ) -> ExportReport:
     """Writes a LoRA of rank 1 that gives the model of base and adapter: `B` is the bias, `A` a vector with `A x = 1`.
 
@@ -87,15 +94,23 @@ def export_lora(
             named by the base.
         force (`bool`, *optional*, defaults to `False`): write it although it is off by more than `LARGEST_ERROR` or
             `LARGEST_LOSS`.
+        file_format (`str`, *optional*, defaults to `"lora"`): `"gguf"` adds a GGUF of it, for `llama-server --lora`.
+        llama_cpp (`str` or `Path`, *optional*): folder of llama.cpp's source, whose converter writes the GGUF.
+            Default: that of the environment variable `LLAMA_CPP`.
 
     Returns:
         `ExportReport`: how far the LoRA is from the adapter.
 
     Raises:
-        MergeError: if adapter and base do not fit or are damaged, there are no texts, or the LoRA is too far off.
+        MergeError: if adapter and base do not fit or are damaged, there are no texts, the LoRA is too far off, or
+            there is no converter for a GGUF.
+        ValueError: for another format.
     """
+    if file_format not in FORMATS:
+        raise ValueError(f"The format {file_format!r} is not known: give one of {', '.join(FORMATS)}.")
     adapter, output = Path(adapter), Path(output)
     check_output(output)
+    converter = find_converter(llama_cpp) if file_format == "gguf" else None
     content = read_adapter(adapter)
     if content.saved_whole:
         raise MergeError(
@@ -127,9 +142,12 @@ def export_lora(
         report = _compare(found, expected, tried, str(output), str(file), shared, content.deltas)
         if not force:
             _refuse(report, model.dtype)
-        record = {name: value for name, value in asdict(report).items() if name not in ("output", "vectors")}
+        record = {name: value for name, value in asdict(report).items() if name not in ("output", "vectors", "gguf")}
         (partial / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_card(report, adapter, folder), encoding="utf-8")
+        if converter is not None:
+            convert_lora(converter, partial, folder, partial / GGUF_FILE)
+            report = replace(report, gguf=str(output / GGUF_FILE))
     return report
 
 

@@ -21,6 +21,7 @@ from ..weight_files import (
 )
 from .base import check_fit, find_base, load_model, read_config, refuse_other_shapes, skeleton_in
 from .checkpoint_files import CheckpointFiles, xxh3
+from .gguf import convert_model, find_converter
 from .output import (
     TOKENIZER_FILES,
     MergeReport,
@@ -32,7 +33,7 @@ from .output import (
     write_config,
 )
 from .placement import place
-from .servers import TRANSFORMERS, not_read
+from .servers import LLAMA_CPP, TRANSFORMERS, not_read
 from .verify import (
     compare_logits,
     dtypes_of,
@@ -44,6 +45,9 @@ from .verify import (
 )
 
 
+GGUF_FILE = "model.gguf"
+
+
 def merge_adapter(
     adapter: str | Path,
     output: str | Path,
@@ -52,6 +56,8 @@ def merge_adapter(
     verify: bool = True,
     link: bool = False,
     server: str = TRANSFORMERS,
+    gguf: bool = False,
+    llama_cpp: str | Path | None = None,
 ) -> MergeReport:
     """Writes a Transformers checkpoint that has the adapter's deltas in its biases and needs neither PEFT nor this
     package.
@@ -76,17 +82,24 @@ def merge_adapter(
             them.
         server (`str`, *optional*, defaults to `"transformers"`): that is to serve it, see [`servers.SERVERS`]. Zeros
             that it does not read are left out, and biases that it would pass over are refused.
+        gguf (`bool`, *optional*, defaults to `False`): add a GGUF of the merged model, which needs
+            `server="llama.cpp"`. Its matrices have the checkpoint's dtype.
+        llama_cpp (`str` or `Path`, *optional*): folder of llama.cpp's source, whose converter writes the GGUF.
+            Default: that of the environment variable `LLAMA_CPP`.
 
     Returns:
         `MergeReport`: what was changed, by what rule, and how far the logits are.
 
     Raises:
-        MergeError: if adapter, tokenizer and base do not fit or are damaged, the model has no place for the bias, or
-            the logits differ. The output folder is then as it was.
+        MergeError: if adapter, tokenizer and base do not fit or are damaged, the model has no place for the bias,
+            the logits differ, or there is no converter for a GGUF. The output folder is then as it was.
         OSError: if a file cannot be read or written.
     """
     adapter, output = Path(adapter), Path(output)
     check_output(output)
+    if gguf and server != LLAMA_CPP:
+        raise MergeError(f"A GGUF is for llama.cpp, and this merge is for {server}: give --for {LLAMA_CPP}.")
+    converter = find_converter(llama_cpp) if gguf else None
     content = read_adapter(adapter)
     base_folder = find_base(base or content.base_model)
     if Path(os.path.realpath(output)).is_relative_to(base_folder.resolve()):
@@ -129,6 +142,10 @@ def merge_adapter(
             compare_logits(content, adapter, base_folder, config, partial, plan.config, report, dtypes, left_out)
         write_card(partial, adapter, base_folder, report)
         write_config(plan.config, base_folder, partial)
+        if converter is not None:
+            outtype = "f32" if loaded_in in (None, torch.float32) else "auto"
+            convert_model(converter, partial, partial / GGUF_FILE, outtype)
+            report.gguf = str(output / GGUF_FILE)
     return report
 
 

@@ -39,6 +39,7 @@ class MergeReport:
             largest logit; `None` if nothing was verified.
         quantized_difference: the same between the merged model and the quantised base that the adapter was trained
             on; `None` if it was not quantised.
+        gguf: file for llama.cpp, or `None` if none was asked for.
     """
 
     output: str
@@ -48,6 +49,7 @@ class MergeReport:
     base_hashes: dict[str, str] = field(default_factory=dict)
     difference: float | None = None
     quantized_difference: float | None = None
+    gguf: str | None = None
 
 
 def check_output(output: Path) -> None:
@@ -157,8 +159,16 @@ def copy_files(files: dict[str, Path], partial: Path) -> None:
 
 
 def write_config(config: PreTrainedConfig, base: Path, partial: Path) -> None:
-    """Writes the configuration, with what an old base's says on generation, which Transformers takes out of it."""
+    """Writes the configuration, with what an old base's says on generation, which Transformers takes out of it.
+
+    Transformers 5 has the rotary base and its scaling only in `rope_parameters`. Readers of the older form, such as
+    mlx-lm, would pass over them and take their own default: they are written in both.
+    """
     record = json.loads(config.to_json_string())
+    rotary = record.get("rope_parameters") or {}
+    record |= {name: rotary[name] for name in ("rope_theta", "partial_rotary_factor") if name in rotary}
+    if "rope_theta" in rotary and rotary.get("rope_type", "default") != "default":
+        record["rope_scaling"] = rotary
     old = read_json(base / CONFIG_NAME, AGAIN)
     on_generation = GenerationConfig().to_dict().keys() - {"transformers_version"}
     record |= {name: old[name] for name in sorted(old.keys() & on_generation) if name not in record}

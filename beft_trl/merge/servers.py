@@ -27,6 +27,7 @@ class Server:
     instead: str = field(default="Serve it as a LoRA of rank 1: beft export.")
 
 
+LLAMA_CPP = "llama.cpp"
 SERVERS = {
     # vllm/model_executor/models/
     "vllm": Server(
@@ -48,12 +49,14 @@ SERVERS = {
         },
     ),  # fmt: skip
     # The tables of tensors in src/ and convert_hf_to_gguf.py, which stops at a tensor that it does not know.
-    "llama.cpp": Server("as in llama-cpp-python 0.3.36", {"llama": "qkvo", "qwen2": "qkv", "qwen3": "qkv"}),
+    LLAMA_CPP: Server(
+        "as in llama-cpp-python 0.3.36", {"llama": "qkvo", "qwen2": "qkv", "qwen3": "qkv"}, run=("llama",)
+    ),
     # Its own importer permutes the weights of rotary queries and keys, and not their biases.
     "ollama": Server(
         "its importer of safetensors",
         {},
-        instead="Give it a GGUF that llama.cpp's converter made of a checkpoint for llama.cpp: --for llama.cpp.",
+        instead="Give it a GGUF by llama.cpp's own converter: --for llama.cpp --gguf.",
     ),
     # mlx_lm/models/
     "mlx": Server("mlx-lm 0.32", {"llama": "qkvo", "qwen2": "qkv"}, instead="Take another server."),

@@ -1,23 +1,32 @@
 """Whether real servers answer as Transformers does: merged models, and several LoRAs of rank 1 over one base at once.
 
-In the environment of this package, with the adapters of two runs of one base and the rows that they are to answer:
+`bash examples/benchmarks/serving.sh ADAPTER ADAPTER` does all of it for two adapters of the demo. Step by step, in the
+environment of this package, with the adapters of two runs of one base and the rows that they are to answer:
 
     python examples/benchmarks/serving.py prepare --adapters outputs/one outputs/two --rows train.jsonl \
         --prompts test.jsonl --folder serving
+    LLAMA_CPP=llama.cpp python examples/benchmarks/serving.py gguf --folder serving
 
-and then with each server, which needs nothing of this package:
+and then with each server, in an environment of its own that needs nothing of this package:
 
     /path/to/vllm-environment/bin/python examples/benchmarks/serving.py vllm --folder serving
-    python convert_lora_to_gguf.py serving/lora-0 --base serving/base --outfile serving/lora-0.gguf
-    /path/to/xllamacpp/bin/python examples/benchmarks/serving.py xllamacpp --folder serving --gguf BASE.gguf
+    /path/to/xllamacpp/bin/python examples/benchmarks/serving.py xllamacpp --folder serving
+    /path/to/mlx/bin/python examples/benchmarks/serving.py mlx --folder serving
 
 `prepare` writes the base, a merged checkpoint and a LoRA for each adapter, and the greedy tokens of Transformers in
-fp32. The others start the server on loopback, ask all prompts at once, and count those whose tokens are the same.
+fp32. `gguf` converts them for llama.cpp. The others start the server, ask all prompts, and count those whose tokens
+are the same. Without a server,
+
+    python examples/benchmarks/serving.py tasks --data-dir DATA --folder serving
+
+trains the default on three tasks and compares loss and accuracy of each adapter with those of its LoRA.
 """
 
 import argparse
+import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +40,65 @@ from pathlib import Path
 
 PROMPTS, NEW_TOKENS = 40, 8
 BASE = "base"
+TASKS = ["routing-126", "sst2-100", "trec-100"]
+MODEL = "models/SmolLM2-135M-Instruct"
+
+
+def tasks(arguments: argparse.Namespace) -> None:
+    """Loss and accuracy of an adapter and of its LoRA on the test rows of each task.
+
+    The vectors are fitted to the task's own training rows, and once more to those of all three tasks. An answer is
+    right if each of its tokens, the end too, is the likeliest.
+    """
+    import records
+    import torch
+    from tasks import load_task
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from beft_trl import BeftSFTConfig, BeftSFTTrainer, export_lora, load_adapter
+    from beft_trl.evaluation import encode, mean_loss, row_losses, share_right
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+
+    def measured(folder: Path) -> dict:
+        model = load_adapter(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), str(folder))
+        rows = row_losses(model.eval(), [encode(tokenizer, row) for row in task.test])
+        return {"loss": mean_loss(rows), "accuracy": share_right(rows)}
+
+    done = {(line["task"], line["vectors"]) for line in records.read(arguments.results)}
+    for name in arguments.tasks:
+        task, folder = load_task(name, arguments.data_dir, seed=0), arguments.folder / name
+        wanted = [vectors for vectors in (name, "all") if (name, vectors) not in done]
+        if wanted and not (folder / "adapter_config.json").exists():
+            config = BeftSFTConfig(
+                output_dir=str(folder), max_length=256, bf16=False, gradient_checkpointing=False, report_to="none",
+                save_strategy="no", disable_tqdm=True, seed=0, model_init_kwargs={"dtype": "float32"},
+            )  # fmt: skip
+            trainer = BeftSFTTrainer(MODEL, config, train_dataset=task.train, processing_class=tokenizer)
+            trainer.train()
+            trainer.save_model()
+        for vectors in wanted:
+            fitted = TASKS if vectors == "all" else [name]
+            rows = [row for each in fitted for row in load_task(each, arguments.data_dir, seed=0).train]
+            texts = [(row["prompt"], row["completion"] + tokenizer.eos_token) for row in rows]
+            lora = arguments.folder / f"{name}-as-{vectors}"
+            shutil.rmtree(lora, ignore_errors=True)  # of a call that was stopped
+            report = export_lora(folder, lora, MODEL, texts, arguments.folder / f"{vectors}.safetensors", force=True)
+            line = {
+                "task": name,
+                "vectors": vectors,
+                "error": max(report.errors.values()),
+                "fitted": len(texts),
+                "rows": len(task.test),
+            }
+            line |= {"adapter": measured(folder), "lora": measured(lora)}
+            records.append(arguments.results, line)
+            print(json.dumps(line), flush=True)
+    print("| task | vectors fitted to | largest error | loss | of the LoRA | accuracy | of the LoRA |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for line in records.read(arguments.results):
+        figures = [f"{line[kind][figure]:.4f}" for figure in ("loss", "accuracy") for kind in ("adapter", "lora")]
+        print(f"| {line['task']} | {line['vectors']} | {line['error']:.1%} | {' | '.join(figures)} |")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -148,14 +216,32 @@ def tell(what: str, recorded: dict, asked: list[tuple[str, str]], ask) -> None:
         print(f"{what}: {Path(model).name}: {equal} of {len(mine)} prompts have the same answer", flush=True)
 
 
+def gguf(arguments: argparse.Namespace) -> None:
+    """The base, the LoRAs and the merged models of the folder as GGUF, in fp32."""
+    from beft_trl.merge.gguf import convert_lora, convert_model, find_converter
+
+    folder, converter = arguments.folder, find_converter()
+    for checkpoint in (folder / BASE, *sorted(folder.glob("merged-?"))):
+        convert_model(converter, checkpoint, checkpoint.with_suffix(".gguf"), "f32")
+    for lora in sorted(folder.glob("lora-?")):
+        convert_lora(converter, lora, folder / BASE, lora.with_suffix(".gguf"))
+
+
 def xllamacpp(arguments: argparse.Namespace) -> None:
-    """llama.cpp as a library: a GGUF of the base by itself, and with each `lora-*.gguf` of the folder."""
+    """llama.cpp as a library: the base by itself and with each LoRA, and each merged model."""
     import xllamacpp
 
-    recorded = json.loads((arguments.folder / "expected.json").read_text())
-    for lora in (None, *sorted(arguments.folder.glob("lora-*.gguf"))):
+    folder = arguments.folder
+    recorded = json.loads((folder / "expected.json").read_text())
+    base = folder / f"{BASE}.gguf"
+    with_loras = [(base, lora) for lora in sorted(folder.glob("lora-?.gguf"))]
+    for model, lora in [
+        (base, None),
+        *with_loras,
+        *((merged, None) for merged in sorted(folder.glob("merged-?.gguf"))),
+    ]:
         parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(arguments.gguf)
+        parameters.model.path = str(model)
         parameters.n_ctx, parameters.n_parallel = 4096, 4
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         if lora is not None:
@@ -168,19 +254,46 @@ def xllamacpp(arguments: argparse.Namespace) -> None:
             body = {"prompt": tokens, "n_predict": NEW_TOKENS, "temperature": 0.0}
             return server.handle_completions(body)["choices"][0]["text"]
 
-        name = BASE if lora is None else lora.stem.removeprefix("lora-")
-        tell("llama.cpp", recorded, [(name, lora.stem if lora else BASE)], ask)
+        shown = (lora or model).stem
+        tell("llama.cpp", recorded, [(shown.rpartition("-")[2], shown)], ask)
+
+
+def mlx(arguments: argparse.Namespace) -> None:
+    """mlx-lm, one merged model after another: the likeliest token after the prompt and after each expected one.
+
+    All prompts begin with the same words, which are computed once: mlx is slow without a GPU.
+    """
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.models.cache import make_prompt_cache
+
+    recorded = json.loads((arguments.folder / "expected.json").read_text())
+    start = os.path.commonprefix(recorded["ids"])
+    for merged in sorted(arguments.folder.glob("merged-?")):
+        model, _ = load(str(merged))
+        cache = make_prompt_cache(model)
+        mx.eval(model(mx.array([start]), cache=cache))
+        equal, expected = 0, recorded["expected"][merged.name.rpartition("-")[2]]
+        for tokens, answer in zip(recorded["ids"], expected, strict=True):
+            given = mx.array([tokens[len(start) :] + answer[:-1]])
+            logits = model(given, cache=copy.deepcopy(cache))
+            equal += mx.argmax(logits[0, -len(answer) :], axis=-1).tolist() == answer
+        print(f"mlx, merged: {merged.name}: {equal} of {len(expected)} prompts have the same answer", flush=True)
+
+
+STEPS = {"tasks": tasks, "prepare": prepare, "gguf": gguf, "vllm": vllm, "xllamacpp": xllamacpp, "mlx": mlx}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["prepare", "vllm", "xllamacpp"])
+    parser.add_argument("step", choices=STEPS)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--adapters", nargs="+", type=Path)
     parser.add_argument("--rows", type=Path, help="of the run, for the vectors of the LoRAs")
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--gguf", type=Path, help="the base, for llama.cpp")
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "serving.jsonl")
     parsed = parser.parse_args()
     parsed.folder.mkdir(parents=True, exist_ok=True)
-    {"prepare": prepare, "vllm": vllm, "xllamacpp": xllamacpp}[parsed.step](parsed)
-    sys.exit()
+    STEPS[parsed.step](parsed)
