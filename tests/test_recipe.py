@@ -81,7 +81,7 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(tmp_path):
 
 
 def test_values_out_of_range_in_yaml_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="bias_term='valeu' is not one of"):
+    with pytest.raises(ValueError, match="bias_term='valeu'.*value"):
         parse_recipe(write(tmp_path / "r.yaml", "model_name_or_path: x\nbias_term: valeu\noutput_dir: out\n"))
 
 
@@ -223,7 +223,7 @@ def test_the_demo_before_its_model_says_how_to_make_it(tmp_path, monkeypatch):
         refuse_missing_model("models/SmolLM2-135M-Instruct")
     with pytest.raises(FileNotFoundError, match="'./absent'"):
         refuse_missing_model("./absent")
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    with pytest.raises(FileNotFoundError, match="config.json"):
         refuse_missing_model(str(tmp_path))
     with pytest.raises(OSError, match="'nobody/nothing'"):
         refuse_missing_model("nobody/nothing")
@@ -231,19 +231,13 @@ def test_the_demo_before_its_model_says_how_to_make_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("blank", [{"output": ""}, {"output": None}, {"instruction": " "}])
-def test_a_blank_cell_of_an_alpaca_row_is_named(tmp_path, monkeypatch, blank, streaming):
-    from datasets import load_dataset
-
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ALPACA, ALPACA[0] | blank]))
-    file = str(tmp_path / "rows.jsonl")
-    monkeypatch.setattr(
-        "beft_trl.cli.recipe.load_dataset",
-        lambda *_, **options: load_dataset("json", data_files=file, streaming=streaming),
-    )
+def test_a_blank_cell_of_an_alpaca_row_is_named(tmp_path, blank, streaming):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*ALPACA, ALPACA[0] | blank]))
     with pytest.raises(ValueError, match=f"Row 3 of the split train: '{next(iter(blank))}'"):
-        list(load(dataset_name="rows")["train"])
-    with pytest.raises(ValueError, match=rf"Row 3 of .*rows.jsonl: '{next(iter(blank))}'"):
-        load(train_file=file)
+        list(load(dataset_name=str(tmp_path), dataset_streaming=streaming)["train"])
+    with pytest.raises(ValueError, match=rf"Row 3 of .*train.jsonl: '{next(iter(blank))}'"):
+        load(train_file=str(file))
 
 
 def test_answers_need_prompts(make_config):
@@ -256,5 +250,5 @@ def test_evaluation_needs_held_out_rows(make_config):
     script_args = BeftScriptArguments()
     assert held_out_rows({"train": []}, script_args, make_config()) is None
     for settings in ({"eval_strategy": "epoch"}, {"eval_on_start": True}):
-        with pytest.raises(ValueError, match="eval_strategy=.*needs held-out rows"):
+        with pytest.raises(ValueError, match="eval_strategy=.*eval_on_start=.*test_file"):
             held_out_rows({"train": []}, script_args, make_config(**settings))

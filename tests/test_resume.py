@@ -4,15 +4,14 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, make_llama, make_opt, make_rows, tensors
+from conftest import losses, make_llama, make_opt, make_rows, tensors, trainer_in
+from processes import Python
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -36,19 +35,19 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def run_in(parent, folder="out", model=None, rows=None, kill_at=None, **settings):
+    """The trainer of a run with a checkpoint every second step, at a rate that stays high."""
+    defaults = {
+        "bias_term": "value", "save_strategy": "steps", "save_steps": 2, "max_steps": 6,
+        "lr_scheduler_type": "constant", "learning_rate": 1e-2,
+    }  # fmt: skip
+    callbacks = {"callbacks": [Kill(kill_at)]} if kill_at else {}
+    return trainer_in(parent / folder, model or make_llama(), rows, callbacks, **(defaults | settings))
+
+
 @pytest.fixture
-def make_run(make_trainer, tmp_path):
-    """A function that makes the trainer of a run with a checkpoint every second step, at a rate that stays high."""
-
-    def make(folder="out", model=None, rows=None, kill_at=None, **settings):
-        defaults = {
-            "bias_term": "value", "save_strategy": "steps", "save_steps": 2, "max_steps": 6,
-            "lr_scheduler_type": "constant", "learning_rate": 1e-2, "output_dir": str(tmp_path / folder),
-        }  # fmt: skip
-        callbacks = {"callbacks": [Kill(kill_at)]} if kill_at else {}
-        return make_trainer(model or make_llama(), rows, callbacks, **(defaults | settings))
-
-    return make
+def make_run(tmp_path):
+    return partial(run_in, tmp_path)
 
 
 def adapter(folder):
@@ -130,14 +129,22 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_resume_of_another_run_says_what_differs_and_stops(make_run, name):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a run that was killed after its first checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
     with pytest.raises(KeyboardInterrupt):
-        make_run(kill_at=2).train()
+        run_in(folder, kill_at=2).train()
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_resume_of_another_run_says_what_differs_and_stops(make_run, killed, tmp_path, name):
+    shutil.copytree(killed, tmp_path / "out")
     other = {key: value() if callable(value) else value for key, value in OTHERS[name].items()}
     resumed = make_run(**other)
     before = {key: values.clone() for key, values in resumed.model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"checkpoint-2 is of another run: .*\b{name}="):
+    with pytest.raises(ValueError, match=rf"checkpoint-2\b.*\b{name}="):
         resumed.train(resume_from_checkpoint=True)
     assert all(torch.equal(values, before[key]) for key, values in resumed.model.state_dict().items())
 
@@ -181,7 +188,7 @@ def test_the_newest_checkpoint_of_this_run_is_named(make_run, tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         make_run(kill_at=2, learning_rate=1e-4, seed=7).train()
     assert "checkpoint-6 is of another run" in caplog.text and "learning_rate" in caplog.text
-    with pytest.raises(ValueError, match=r"checkpoint-6 is of another run: .*checkpoint-2 is the newest of this run"):
+    with pytest.raises(ValueError, match=r"checkpoint-6\b.*checkpoint-2\b"):
         make_run(learning_rate=1e-4, seed=7).train(resume_from_checkpoint=True)
     resumed = make_run(learning_rate=1e-4, seed=7)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
@@ -213,7 +220,7 @@ CHANGES = {
 def test_a_checkpoint_loads_whole_or_not_at_all(make_run, tmp_path, kind):
     make_run(max_steps=2).train()
     rewrite(tmp_path / "out" / "checkpoint-2", CHANGES[kind])
-    with pytest.raises(ValueError, match=rf"{ADAPTER} does not fit the model"):
+    with pytest.raises(ValueError, match=rf"{ADAPTER}.* of \d tensors"):
         make_run(max_steps=2).train(resume_from_checkpoint=True)
 
 
@@ -281,15 +288,12 @@ HOLDER = textwrap.dedent(
 
 def test_two_runs_do_not_write_to_one_folder_and_the_lock_dies_with_its_process(make_run, tmp_path):
     out = tmp_path / "out"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
+    with Python("-c", HOLDER, out) as holder:
+        holder.until(lambda: holder.stdout == "held\n")
         with pytest.raises(RuntimeError, match=re.escape(str(out))):
             make_run().train()
         assert not list(out.glob("checkpoint-*"))
-    finally:
-        os.kill(holder.pid, signal.SIGKILL)
-        holder.wait()
+        holder.kill()
     make_run().train()
 
 
@@ -297,30 +301,28 @@ def test_a_kill_during_the_final_save_leaves_a_folder_that_a_run_takes(make_run,
     """Killed before each of its files is put in place: restart and resume both go on."""
     whole = make_run("whole")
     whole.train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "trained")
     whole.save_model()
     expected = adapter(tmp_path / "whole")
-    saved = sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_file())
-    replace = Path.replace
-    for name in saved:
+    killed, replace = tmp_path / "killed", Path.replace
+    whole.args.output_dir = str(killed)
+    for name in sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_file()):
 
-        def killed(path, target, name=name):
-            if Path(target).name == name and Path(target).parent == tmp_path / "killed":
+        def replace_until(path, target, name=name):
+            if Path(target).name == name and Path(target).parent == killed:
                 raise KeyboardInterrupt
             return replace(path, target)
 
-        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-        trainer = make_run("killed")
-        trainer.train()
-        monkeypatch.setattr(Path, "replace", killed)
-        if not name.startswith("_"):
-            with pytest.raises(KeyboardInterrupt):
-                trainer.save_model()
-        monkeypatch.setattr(Path, "replace", replace)
+        shutil.rmtree(killed, ignore_errors=True)
+        shutil.copytree(tmp_path / "trained", killed)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "replace", replace_until)
+            whole.save_model()
         again = make_run("killed")
         again.train(resume_from_checkpoint=True)
         again.save_model()
-        assert same_bits(adapter(tmp_path / "killed"), expected)
-        make_run("killed").train()
+        assert same_bits(adapter(killed), expected)
+        make_run("killed", max_steps=2).train()
 
 
 def test_a_relative_learning_rate_resumes(make_trainer, tmp_path):
