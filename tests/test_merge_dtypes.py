@@ -37,8 +37,15 @@ def rewrite(file, dtype_of):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("config_dtype", [None, "float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+# By default every dtype of the weights under a configuration that names none, and every one of it over bf16 weights.
+DTYPES = [
+    pytest.param(weights, said, marks=[] if said is None or weights == torch.bfloat16 else pytest.mark.matrix)
+    for weights in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    for said in (None, "float32", "bfloat16", "float16", "float64")
+]
+
+
+@pytest.mark.parametrize(("weights", "config_dtype"), DTYPES)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neo"])
 def test_files_of_mixed_dtypes_merge(name, weights, config_dtype, tmp_path):
     """Norms and embeddings in fp32, projections in another dtype, and a configuration that says a third."""

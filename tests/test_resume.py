@@ -15,7 +15,6 @@ from processes import Python
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from beft_trl import BeftTrainerMixin
 from beft_trl.checkpoints import MANIFEST_FILE, mark_complete, refuse_foreign_pickles
 from beft_trl.identity import spread
 
@@ -69,7 +68,13 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(name, marks=pytest.mark.matrix) if name in ("constant_with_warmup", "inverse_sqrt") else name
+        for name in SCHEDULES
+    ],
+)
 def test_a_resume_at_the_last_step_trains_nothing(make_run, tmp_path, schedule):
     settings = SCHEDULES[schedule]
     whole = make_run("whole", **settings)
@@ -138,6 +143,14 @@ def killed(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run with the checkpoints 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_in(folder).train()
+    return folder / "out"
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_resume_of_another_run_says_what_differs_and_stops(make_run, killed, tmp_path, name):
     shutil.copytree(killed, tmp_path / "out")
@@ -161,11 +174,11 @@ def test_more_steps_are_taken_on_request(make_run):
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_another_base_is_never_resumed(make_run, allowed):
+def test_another_base_is_never_resumed(make_run, finished, tmp_path, allowed):
     """Of the same shapes and the same name: only the numbers tell."""
-    make_run(max_steps=2).train()
+    shutil.copytree(finished, tmp_path / "out")
     with pytest.raises(ValueError, match="base_weights"):
-        make_run(model=make_llama(seed=1), max_steps=2, allow_changed_resume=allowed).train(True)
+        make_run(model=make_llama(seed=1), allow_changed_resume=allowed).train(True)
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -217,15 +230,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_a_checkpoint_loads_whole_or_not_at_all(make_run, tmp_path, kind):
-    make_run(max_steps=2).train()
-    rewrite(tmp_path / "out" / "checkpoint-2", CHANGES[kind])
+def test_a_checkpoint_loads_whole_or_not_at_all(make_run, finished, tmp_path, kind):
+    shutil.copytree(finished, tmp_path / "out")
+    rewrite(tmp_path / "out" / "checkpoint-6", CHANGES[kind])
     with pytest.raises(ValueError, match=rf"{ADAPTER}.* of \d tensors"):
-        make_run(max_steps=2).train(resume_from_checkpoint=True)
+        make_run().train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_that_does_not_say_its_run_is_taken_on_request_only(make_run, tmp_path):
-    make_run().train()
+def test_a_checkpoint_that_does_not_say_its_run_is_taken_on_request_only(make_run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
     for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
         del manifest["run"]
@@ -256,8 +269,8 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)
-def test_a_damaged_manifest_is_passed_over_for_the_older_good_one(make_run, tmp_path, caplog, kind):
-    make_run().train()
+def test_a_damaged_manifest_is_passed_over_for_the_older_good_one(make_run, finished, tmp_path, caplog, kind):
+    shutil.copytree(finished, tmp_path / "out")
     (tmp_path / "out" / "checkpoint-6" / MANIFEST_FILE).write_bytes(MANIFESTS[kind])
     resumed = make_run()
     resumed.train(resume_from_checkpoint=True)
@@ -339,14 +352,16 @@ def test_a_relative_learning_rate_resumes(make_trainer, tmp_path):
             other.train(resume_from_checkpoint=checkpoint)
 
 
-def test_resume_continues_with_the_recorded_selection_and_does_not_score(make_trainer, monkeypatch):
+def test_resume_continues_with_the_recorded_selection_and_does_not_score(make_trainer):
     whole = make_trainer(make_llama(), save_strategy="steps", save_steps=3, max_steps=6)
     whole.train()
     expected = tensors(whole.model)
 
-    resumed = make_trainer(make_llama(), save_strategy="steps", save_steps=3, max_steps=6)
-    monkeypatch.setattr(BeftTrainerMixin, "score", lambda self: pytest.fail("scored again"))
+    model, calls = make_llama(), []
+    model.register_forward_pre_hook(lambda *call: calls.append(call))
+    resumed = make_trainer(model, save_strategy="steps", save_steps=3, max_steps=6)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    assert len(calls) == 3  # the steps that were left
     assert resumed.selected_bias_term == whole.selected_bias_term
     assert resumed.bias_scores == whole.bias_scores
     found = tensors(resumed.model)

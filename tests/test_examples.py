@@ -1,5 +1,6 @@
-"""The examples of preferences and rewards as a user starts them."""
+"""The examples as a user starts them, on a tiny model with the demo's rows."""
 
+import json
 import runpy
 import shutil
 import sys
@@ -28,6 +29,17 @@ def demo(tmp_path, monkeypatch):
         runpy.run_path(str(EXAMPLES / script))["main"]()
 
     return run
+
+
+def test_the_demo_is_overridden_by_the_command_line(demo):
+    rates = []
+    for folder, given in (("default", []), ("double", ["--relative_learning_rate", "0.1"])):
+        short = ["--max_steps", "2", "--answers", "0"]
+        demo("sft_opt.py", *short, "--bias_term=key", "--output_dir", folder, *given)
+        record = json.loads(Path(folder, "beft_scores.json").read_text())
+        assert record["selected"] == "key"
+        rates.append(record["learning_rates"])
+    assert rates[1] == pytest.approx({path: 2 * rate for path, rate in rates[0].items()})
 
 
 def test_the_example_of_preferences(demo, capsys):
