@@ -103,6 +103,7 @@ def _become(arguments, folder, environment, ends):
         for number, (mode, errors) in enumerate((("r", "strict"), ("w", "strict"), ("w", "backslashreplace")))
     )
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     kind, *rest = arguments
     sys.argv = arguments
     if kind == "-m":

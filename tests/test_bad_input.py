@@ -20,15 +20,15 @@ from beft_trl.tuner import delta
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bias_term": "output"}, "bias_term='output' is not one of 'auto', 'query', 'key', 'value', 'all'"),
-        ({"score_method": "gradient"}, "score_method='gradient' is not one of 'beft', 'magnitude', 'fisher'"),
-        ({"score_anchor": "mean"}, "score_anchor='mean' is not one of 'auto', 'bias', 'activation'"),
-        ({"score_steps": 0}, "score_steps=0 cannot score anything"),
-        ({"score_steps": -3}, "score_steps=-3 cannot score anything"),
-        ({"score_steps": 2.5}, "score_steps=2.5 cannot score anything"),
-        ({"score_learning_rate": 0.0}, "score_learning_rate=0.0 moves no bias"),
-        ({"score_learning_rate": float("nan")}, "score_learning_rate=nan moves no bias"),
-        ({"relative_learning_rate": 0.0}, "relative_learning_rate=0.0 moves no bias"),
+        ({"bias_term": "output"}, "bias_term='output'"),
+        ({"score_method": "gradient"}, "score_method='gradient'"),
+        ({"score_anchor": "mean"}, "score_anchor='mean'"),
+        ({"score_steps": 0}, "score_steps=0"),
+        ({"score_steps": -3}, "score_steps=-3"),
+        ({"score_steps": 2.5}, "score_steps=2.5"),
+        ({"score_learning_rate": 0.0}, "score_learning_rate=0.0"),
+        ({"score_learning_rate": float("nan")}, "score_learning_rate=nan"),
+        ({"relative_learning_rate": 0.0}, "relative_learning_rate=0.0"),
     ],
 )
 def test_settings_out_of_range(settings, message, tmp_path):
@@ -110,7 +110,10 @@ def test_prompts_that_fill_max_length(make_trainer):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)), "no attention layer"),
+        (
+            MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)),
+            "Mamba.*q_proj",
+        ),
         (OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4)), "h.0.attn.c_attn"),
     ],
 )

@@ -62,15 +62,15 @@ def truncate(path):
 
 
 DAMAGES = {
-    "truncated": (lambda folder: truncate(folder / "optimizer.pt"), "optimizer.pt has .* bytes of"),
-    "missing": (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "truncated": (lambda folder: truncate(folder / "optimizer.pt"), r"optimizer.pt.*\b\d+ bytes"),
+    "missing": (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth"),
     "flipped": (
         lambda folder: (folder / "beft_scores.json").write_bytes(b" " * (folder / "beft_scores.json").stat().st_size),
-        "beft_scores.json has changed since it was written",
+        "beft_scores.json",
     ),
-    "manifest": (lambda folder: truncate(folder / MANIFEST_FILE), f"{MANIFEST_FILE} is damaged"),
-    "list": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), f"{MANIFEST_FILE} is damaged"),
-    "unmarked": (lambda folder: (folder / MANIFEST_FILE).unlink(), "not written to the end"),
+    "manifest": (lambda folder: truncate(folder / MANIFEST_FILE), MANIFEST_FILE),
+    "list": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), MANIFEST_FILE),
+    "unmarked": (lambda folder: (folder / MANIFEST_FILE).unlink(), f"no {MANIFEST_FILE}"),
 }
 
 
@@ -117,8 +117,8 @@ def change_to_a_folder(folder):
     [
         (lambda folder: change_adapter(folder, float("nan")), "not finite"),
         (lambda folder: change_adapter(folder, float("inf")), "not finite"),
-        (change_state, "global_step is -1"),
-        (change_to_a_folder, "optimizer.pt is a folder"),
+        (change_state, "global_step.*-1"),
+        (change_to_a_folder, "optimizer.pt.*folder"),
     ],
 )
 def test_what_no_run_writes_is_refused_under_a_manifest_that_fits_it(run, spoil, named):

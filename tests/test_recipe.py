@@ -87,10 +87,10 @@ def test_values_out_of_range_in_yaml_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("use_peft: true", "use_peft=True asks for a LoRA adapter"), ("seed: 1", "model_name_or_path is missing")],
+    [("use_peft: true", "use_peft=True"), ("seed: 1", "^model_name_or_path")],
 )
 def test_recipes_that_cannot_run(tmp_path, line, message):
-    model = "" if "missing" in message else "model_name_or_path: x\n"
+    model = "" if "model_name" in message else "model_name_or_path: x\n"
     with pytest.raises(ValueError, match=message):
         parse_recipe(write(tmp_path / "r.yaml", f"{model}{line}\noutput_dir: out\n"))
 
@@ -136,11 +136,11 @@ def test_other_formats_pass_through(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({}, ValueError, "exactly one way.*none of them"),
+        ({}, ValueError, "train_file.*dataset_name.*none"),
         ({"train_file": "a.json", "dataset_name": "b"}, ValueError, "train_file and dataset_name"),
-        ({"test_file": "a.json"}, ValueError, "exactly one way"),
-        ({"train_file": "absent.json"}, FileNotFoundError, "absent.json does not exist"),
-        ({"train_file": __file__}, ValueError, "is of no known kind"),
+        ({"test_file": "a.json"}, ValueError, "train_file.*dataset_name"),
+        ({"train_file": "absent.json"}, FileNotFoundError, "absent.json"),
+        ({"train_file": __file__}, ValueError, "test_recipe.py.*jsonl"),
     ],
 )
 def test_datasets_that_cannot_be_loaded(settings, error, message):
@@ -166,21 +166,21 @@ def test_local_files_keep_their_parts_whatever_the_splits_are_called(tmp_path, s
 
 
 MISREAD = {
-    "a key twice": ("seed: 1\nlearning_rate: 1e-3\nseed: 2\n", "seed stands twice in the recipe, in lines 2 and 4"),
+    "a key twice": ("seed: 1\nlearning_rate: 1e-3\nseed: 2\n", "in lines 2 and 4"),
     "a nested key twice": ("lr_scheduler_kwargs: {a: 1, a: 2}\n", "a stands twice"),
     "a word that YAML takes for false": ("save_strategy: no\n", 'write "no" in quotes'),
-    "settings of LoRA": ("lora_r: 32\n", "lora_r has no effect"),
-    "settings of LoRA that are its defaults": ("lora_alpha: 32\nlora_r: 16\n", "lora_r, lora_alpha has no effect"),
+    "settings of LoRA": ("lora_r: 32\n", "lora_r "),
+    "settings of LoRA that are its defaults": ("lora_alpha: 32\nlora_r: 16\n", "lora_r, lora_alpha"),
     "datasets as Axolotl has them": ("datasets: [{path: a.jsonl, type: alpaca}]\n", "'type': 'alpaca'"),
-    "datasets of names": ("datasets: [a.jsonl]\n", "'a.jsonl' is no entry"),
+    "datasets of names": ("datasets: [a.jsonl]\n", "'a.jsonl'"),
     "two dtypes": ("dtype: float32\nmodel_init_kwargs: {dtype: bfloat16}\n", "dtype='float32' and dtype='bfloat16'"),
     "a nested dtype that is none": ("model_init_kwargs: {dtype: float33}\n", "dtype='float33'"),
     "a path of nothing": ("output_dir: ''\n", "output_dir=''"),
     "a path that no system has": ('output_dir: "a\\0b"\n', "output_dir='a\\x00b'"),
-    "a rate of nothing": ("learning_rate: 0\n", "learning_rate=0 trains nothing"),
+    "a rate of nothing": ("learning_rate: 0\n", "learning_rate=0"),
     "two names of dtype": ("dtype: float32\ntorch_dtype: bfloat16\n", "give dtype only"),
     "a dtype that is none": ("dtype: float33\n", "dtype='float33'"),
-    "a packing that is none": ("packing_strategy: bogus\n", "packing_strategy='bogus' is not one of 'bfd'"),
+    "a packing that is none": ("packing_strategy: bogus\n", "packing_strategy='bogus'"),
     "two quantisations": (
         "load_in_8bit: true\nmodel_init_kwargs: {quantization_config: {load_in_4bit: true}}\n",
         "quantization_config of model_init_kwargs",
