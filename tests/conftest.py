@@ -146,13 +146,12 @@ def of_term(model, term="value"):
     return [site for site in find_bias_sites(model) if site.term == term]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def fast_collection():
-    """Every end of a run collects garbage, and looks at all that the imports have made: a third of a second."""
+    """Every end of a run collects garbage, and looks at all that imports and earlier tests have left: a third of a
+    second and more. What is there when a module begins is left out from then on."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def run_config(folder, **settings) -> BeftSFTConfig:
