@@ -60,7 +60,7 @@ class Python:
             assert self._process.is_alive(), self.stderr[-3000:]
             time.sleep(0.005)
 
-    def wait(self, timeout=300) -> int:
+    def wait(self, timeout=600) -> int:
         self._process.join(timeout)
         assert not self._process.is_alive(), f"still running after {timeout} s: {self.stderr[-3000:]}"
         for reader in self._readers:
