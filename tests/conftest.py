@@ -2,6 +2,10 @@
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
+from functools import partial
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import yaml
+from architectures import build
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -22,7 +28,9 @@ from transformers import (
     set_seed,
 )
 
-from beft_trl import BeftSFTConfig, BeftSFTTrainer
+from beft_trl import BeftSFTConfig, BeftSFTTrainer, find_bias_sites
+from beft_trl.cli import main
+from beft_trl.tuner import attach_deltas, delta
 
 
 VOCABULARY = 64
@@ -114,52 +122,133 @@ def full_batch(tokenizer, rows):
     }
 
 
-@pytest.fixture(scope="module")
+def class_rows(count, seed=0):
+    """Rows whose completion is one of three words, by their first."""
+    rows = make_rows(count, seed)
+    return rows.map(lambda row: {"completion": f" w{int(row['prompt'].split()[0][1:]) % 3}"})
+
+
+def saved(model, folder, sites, seed=0):
+    """Base and adapter folders of a model with random deltas at the sites, and the model with its deltas."""
+    model.save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    model.name_or_path = str(folder / "base")
+    adapted = attach_deltas(model, sites).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for site in sites:
+            delta(adapted, site)[0, site.rows] = torch.randn(len(site.rows), generator=generator) * 0.3
+    adapted.save_pretrained(folder / "adapter")
+    return adapted
+
+
+def of_term(model, term="value"):
+    return [site for site in find_bias_sites(model) if site.term == term]
+
+
+@pytest.fixture(scope="module", autouse=True)
 def fast_collection():
-    """Every end of a run collects garbage, and looks at all that the imports have made: a third of a second."""
+    """Every end of a run collects garbage, and looks at all that imports and earlier tests have left: a third of a
+    second and more. What is there when a module begins is left out from then on."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
+
+
+def run_config(folder, **settings) -> BeftSFTConfig:
+    """The settings of a short fp32 run on the CPU that writes to a folder."""
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "score_steps": 2,
+        "bias_layers": "all",
+    }
+    if settings.get("relative_learning_rate") is None:
+        defaults["learning_rate"] = 3e-3
+    return BeftSFTConfig(**{**defaults, **settings})
+
+
+def trainer_in(folder, model=None, rows=None, trainer=None, **settings) -> BeftSFTTrainer:
+    """A trainer of a tiny OPT, or of another model, on the tiny rows."""
+    return BeftSFTTrainer(
+        make_opt() if model is None else model,
+        run_config(folder, **settings),
+        train_dataset=make_rows() if rows is None else rows,
+        processing_class=make_tokenizer(),
+        **(trainer or {}),
+    )
 
 
 @pytest.fixture
 def make_config(tmp_path):
-    """A function that makes the settings of a short fp32 run on the CPU."""
-
-    def make(**settings) -> BeftSFTConfig:
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "score_steps": 2,
-            "bias_layers": "all",
-        }
-        if settings.get("relative_learning_rate") is None:
-            defaults["learning_rate"] = 3e-3
-        return BeftSFTConfig(**{**defaults, **settings})
-
-    return make
+    return partial(run_config, tmp_path / "out")
 
 
 @pytest.fixture
-def make_trainer(make_config):
-    """A function that makes a trainer of a tiny OPT, or of another model, on the tiny rows."""
+def make_trainer(tmp_path):
+    return partial(trainer_in, tmp_path / "out")
 
-    def make(model=None, rows=None, trainer=None, **settings) -> BeftSFTTrainer:
-        return BeftSFTTrainer(
-            make_opt() if model is None else model,
-            make_config(**settings),
-            train_dataset=make_rows() if rows is None else rows,
-            processing_class=make_tokenizer(),
-            **(trainer or {}),
-        )
 
-    return make
+@pytest.fixture
+def beft(monkeypatch, capsys):
+    """A function that runs the command in this process: its imports alone take seconds in one of its own."""
+
+    def run(*arguments, columns=200) -> subprocess.CompletedProcess:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERMINAL_WIDTH", str(columns))
+        monkeypatch.setattr(sys, "argv", ["beft", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return subprocess.CompletedProcess(sys.argv, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A tiny Llama with a tokenizer, 48 rows, and a recipe, which the tests override."""
+    folder = tmp_path_factory.mktemp("project")
+    make_llama().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    make_rows(48).to_json(folder / "rows.jsonl")
+    recipe = {
+        "model_name_or_path": str(folder / "base"),
+        "train_file": str(folder / "rows.jsonl"),
+        "bias_layers": "all",
+        "score_steps": 2,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "max_length": 64,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "output_dir": str(folder / "out"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder with a base of one file, one of shards, one with biases, and an adapter of the first two."""
+    folder = tmp_path_factory.mktemp("good")
+    model = build("llama")
+    model.config.vocab_size = 64
+    model.resize_token_embeddings(64)
+    saved(model, folder, of_term(model))
+    make_tokenizer().save_pretrained(folder / "base")
+    shutil.copytree(folder / "base", folder / "sharded")
+    (folder / "sharded" / "model.safetensors").unlink()
+    plain = type(model).from_pretrained(folder / "base")
+    plain.save_pretrained(folder / "sharded", max_shard_size="20KB")
+    (folder / "secret").write_text("secret")
+    return folder

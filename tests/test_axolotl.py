@@ -14,6 +14,7 @@ import yaml
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset, load_dataset
 from peft import PeftModel
+from processes import python
 from safetensors.torch import load_file
 
 
@@ -26,6 +27,7 @@ REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes" / "axolotl").glob("*.yaml"))
 LAUNCH_CONFIGS = REPOSITORY / "recipes" / "accelerate_configs"
 AXOLOTL = Path(sys.executable).parent / "axolotl"
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +76,11 @@ def settings(world, output, **changes):
     return {key: value for key, value in {**values, **changes}.items() if value is not ...}
 
 
-def axolotl(output, command, *arguments, text=None, launcher=("--launcher", "python"), **config):
+def axolotl(output, command, *arguments, text="", launcher=("--launcher", "python"), **config):
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config))
-    environment = {**os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     launcher = () if command == "merge-beft" else launcher
-    return subprocess.run(
-        [AXOLOTL, command, output / "config.yaml", *launcher, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=output,
-        env=environment,
-        input=text,
-        timeout=400,
-    )
+    return python(AXOLOTL, command, output / "config.yaml", *launcher, *arguments, cwd=output, text=text)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +205,7 @@ def test_a_base_that_stays_in_full_precision_under_load_in_8bit_stops_the_run(wo
         __getattr__ = dict.get
 
     model = AutoModelForCausalLM.from_pretrained(world / "base")
-    with pytest.raises(RuntimeError, match="load_in_8bit was asked for, and .*q_proj is a Linear"):
+    with pytest.raises(RuntimeError, match=r"load_in_8bit.*q_proj.*\bLinear\b"):
         BeftPlugin().post_model_build(Settings(adapter="beft", load_in_8bit=True), model)
 
 
@@ -264,15 +256,15 @@ def validate(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters and adapter: beft exclude each other"),
-        ({"rl": "dpo"}, "rl and adapter: beft exclude each other: Axolotl .*without a model"),
-        ({"fsdp_config": {"offload_params": True}}, "fsdp_config and adapter: beft exclude each other"),
-        ({"beft_bias_trem": "value"}, "beft_bias_trem is no setting: did you mean beft_bias_term"),
+        ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters .*adapter: beft"),
+        ({"rl": "dpo"}, r"\brl .*adapter: beft"),
+        ({"fsdp_config": {"offload_params": True}}, "fsdp_config .*adapter: beft"),
+        ({"beft_bias_trem": "value"}, "beft_bias_trem.*beft_bias_term"),
         ({"beft_bias_term": "middle"}, "beft_bias_term"),
         ({"beft_score_steps": 0}, "beft_score_steps"),
         (
             {"adapter": "lora", "lora_r": 8, "lora_alpha": 8, "lora_target_linear": True},
-            "has no effect without adapter",
+            "beft.* adapter",
         ),
     ],
 )

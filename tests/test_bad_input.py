@@ -2,14 +2,14 @@
 
 import os
 import re
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
-from conftest import make_llama, make_opt, make_rows, make_tokenizer
+from conftest import make_llama, make_opt, make_rows, make_tokenizer, trainer_in
 from datasets import Dataset, IterableDataset
 from peft import BeftConfig, LoraConfig, PeftModel, get_peft_model
+from processes import python
 from transformers import MambaConfig, MambaForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel, TrainerCallback
 from trl import SFTConfig
 
@@ -20,15 +20,15 @@ from beft_trl.tuner import delta
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bias_term": "output"}, "bias_term='output' is not one of 'auto', 'query', 'key', 'value', 'all'"),
-        ({"score_method": "gradient"}, "score_method='gradient' is not one of 'beft', 'magnitude', 'fisher'"),
-        ({"score_anchor": "mean"}, "score_anchor='mean' is not one of 'auto', 'bias', 'activation'"),
-        ({"score_steps": 0}, "score_steps=0 cannot score anything"),
-        ({"score_steps": -3}, "score_steps=-3 cannot score anything"),
-        ({"score_steps": 2.5}, "score_steps=2.5 cannot score anything"),
-        ({"score_learning_rate": 0.0}, "score_learning_rate=0.0 moves no bias"),
-        ({"score_learning_rate": float("nan")}, "score_learning_rate=nan moves no bias"),
-        ({"relative_learning_rate": 0.0}, "relative_learning_rate=0.0 moves no bias"),
+        ({"bias_term": "output"}, "bias_term='output'"),
+        ({"score_method": "gradient"}, "score_method='gradient'"),
+        ({"score_anchor": "mean"}, "score_anchor='mean'"),
+        ({"score_steps": 0}, "score_steps=0"),
+        ({"score_steps": -3}, "score_steps=-3"),
+        ({"score_steps": 2.5}, "score_steps=2.5"),
+        ({"score_learning_rate": 0.0}, "score_learning_rate=0.0"),
+        ({"score_learning_rate": float("nan")}, "score_learning_rate=nan"),
+        ({"relative_learning_rate": 0.0}, "relative_learning_rate=0.0"),
     ],
 )
 def test_settings_out_of_range(settings, message, tmp_path):
@@ -38,7 +38,7 @@ def test_settings_out_of_range(settings, message, tmp_path):
 
 def test_more_scoring_steps_than_the_run_has(make_trainer):
     trainer = make_trainer(max_steps=6, score_steps=7)
-    with pytest.raises(ValueError, match="score_steps=7 is more than the 6 optimizer steps"):
+    with pytest.raises(ValueError, match=r"score_steps=7\b.*\b6\b"):
         trainer.train()
 
 
@@ -50,23 +50,23 @@ def test_the_default_scoring_pass_shortens_itself_and_says_so(make_trainer, capl
 
 
 def test_a_peft_config_beside_bias_term(make_trainer):
-    with pytest.raises(ValueError, match="peft_config=LoraConfig and bias_term='auto' exclude each other"):
+    with pytest.raises(ValueError, match="peft_config=LoraConfig.*bias_term='auto'"):
         make_trainer(trainer={"peft_config": LoraConfig()})
 
 
 def test_a_model_that_has_an_adapter(make_trainer):
-    with pytest.raises(ValueError, match="already has a PEFT adapter"):
+    with pytest.raises(ValueError, match="merge_and_unload"):
         make_trainer(get_peft_model(make_opt(), LoraConfig(target_modules=["q_proj"])))
 
 
 def test_ready_made_optimizers(make_trainer):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(ValueError, match="built before the biases existed"):
+    with pytest.raises(ValueError, match="optimizers=.*optimizer_cls_and_kwargs"):
         make_trainer(trainer={"optimizers": (optimizer, None)})
 
 
 def test_a_configuration_without_a_bias_term(tmp_path):
-    with pytest.raises(TypeError, match="args must be a BeftSFTConfig.*got SFTConfig"):
+    with pytest.raises(TypeError, match=r"\bargs\b.*BeftSFTConfig.*\bSFTConfig"):
         BeftSFTTrainer(
             make_opt(),
             SFTConfig(str(tmp_path), use_cpu=True),
@@ -78,7 +78,7 @@ def test_a_configuration_without_a_bias_term(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_empty_dataset(make_trainer, streaming):
     empty = IterableDataset.from_generator(lambda: iter(())) if streaming else Dataset.from_dict({"text": []})
-    with pytest.raises(ValueError, match="train_dataset is empty"):
+    with pytest.raises(ValueError, match="^train_dataset.*empty"):
         make_trainer(rows=empty)
 
 
@@ -86,7 +86,7 @@ def test_an_empty_dataset(make_trainer, streaming):
     "row", [{"question": "a", "answer": "b"}, {"prompt": "w1"}, {"completion": "w1"}, {"messages": "w1"}]
 )
 def test_columns_that_no_format_explains(make_trainer, row):
-    with pytest.raises(ValueError, match=f"found {', '.join(row)}. Needed: 'text'.*'messages'.*'input_ids'"):
+    with pytest.raises(ValueError, match=f"{', '.join(row)}.*'text'.*'messages'.*'input_ids'"):
         make_trainer(rows=Dataset.from_list([row]))
 
 
@@ -98,19 +98,22 @@ def test_rows_whose_labels_are_all_masked(make_trainer, settings, caplog):
         trainer = make_trainer(rows=Dataset.from_list([masked, supervised, masked]), **settings)
         assert len(trainer.train_dataset) == 1
         assert "Dropped 2 of 3 rows of the train dataset" in caplog.text
-    with pytest.raises(ValueError, match="None of the .* rows of the train dataset has a token to learn from"):
+    with pytest.raises(ValueError, match=r"^None\b.*train.*completion_only_loss"):
         make_trainer(rows=Dataset.from_list([masked, masked]), **settings)
 
 
 def test_prompts_that_fill_max_length(make_trainer):
-    with pytest.raises(ValueError, match="max_length=2: all their labels are masked"):
+    with pytest.raises(ValueError, match=r"max_length=2\b.*completion_only_loss"):
         make_trainer(max_length=2)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)), "no attention layer"),
+        (
+            MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)),
+            "Mamba.*q_proj",
+        ),
         (OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4)), "h.0.attn.c_attn"),
     ],
 )
@@ -126,33 +129,33 @@ def test_models_that_cannot_train_are_refused_before_weights_are_loaded(
 
 
 def test_a_dead_term(make_trainer):
-    with pytest.raises(ValueError, match="bias_term='key' has no effect on this model"):
+    with pytest.raises(ValueError, match="bias_term='key'.*'query', 'value' or 'auto'"):
         make_trainer(bias_term="key")
 
 
 def test_a_bias_anchor_without_biases(make_trainer):
-    with pytest.raises(ValueError, match=r"score_anchor='bias' says nothing.*layers\.0\.self_attn\.q_proj has no"):
+    with pytest.raises(ValueError, match=r"score_anchor='bias'.*layers\.0\.self_attn\.q_proj"):
         make_trainer(make_llama(), score_anchor="bias")
     zero = make_opt()
     for name, parameter in zero.named_parameters():
         if name.endswith("_proj.bias"):
             torch.nn.init.zeros_(parameter)
     trainer = make_trainer(zero, score_anchor="bias")
-    with pytest.raises(ValueError, match="score_anchor='bias' says nothing"):
+    with pytest.raises(ValueError, match="score_anchor='bias'"):
         trainer.train()
 
 
 def test_a_scoring_pass_without_a_batch(make_trainer):
     trainer = make_trainer(per_device_train_batch_size=4, dataloader_drop_last=True)
     trainer.train_dataset = trainer.train_dataset.select(range(2))
-    with pytest.raises(RuntimeError, match="got no batch: the training data are fewer than one batch"):
+    with pytest.raises(RuntimeError, match="scoring pass.* batch size"):
         trainer.train()
 
 
 def test_a_layer_that_takes_no_part(make_trainer):
     model = make_llama()
     model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states
-    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.q_proj takes no part in the forward pass"):
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.q_proj"):
         make_trainer(model).train()
 
 
@@ -167,13 +170,13 @@ def test_a_mask_that_does_not_tell_padding(make_trainer):
         return batch
 
     trainer.data_collator = with_one_mask_for_each_query
-    with pytest.raises(RuntimeError, match="real tokens cannot be told from padding.*explicit bias_term"):
+    with pytest.raises(RuntimeError, match="attention mask of shape.*score_anchor='bias'.*bias_term"):
         trainer.train()
 
 
 def test_a_model_with_an_adapter_of_another_name(make_trainer):
     model = get_peft_model(make_llama(), BeftConfig(target_modules=["v_proj"]), adapter_name="mine")
-    with pytest.raises(ValueError, match="has the adapters mine: give it with one, named 'default'"):
+    with pytest.raises(ValueError, match=r"\bmine\b.*'default'"):
         make_trainer(model)
 
 
@@ -196,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(make_trainer,
     trainer = make_trainer(
         make_llama(), trainer={"callbacks": [poison]}, bias_term="value", save_strategy="steps", save_steps=2
     )
-    with pytest.raises(FloatingPointError, match="at step 4. Stopped before the optimizer step.*checkpoint-2"):
+    with pytest.raises(FloatingPointError, match=r"step 4\b.*checkpoint-2"):
         trainer.train()
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
@@ -209,7 +212,7 @@ def test_a_loss_that_is_not_finite_while_scoring_leaves_the_trainer_as_it_was(ma
     model.lm_head.weight.data.fill_(float("nan"))
     trainer = make_trainer(model)
     args, state = trainer.args, trainer.state
-    with pytest.raises(FloatingPointError, match="at step 1"):
+    with pytest.raises(FloatingPointError, match=r"step 1\b"):
         trainer.train()
     assert trainer.args is args and trainer.state is state and trainer.bias_scores is None
 
@@ -218,13 +221,13 @@ def test_deltas_that_are_not_finite_are_not_saved(make_trainer, tmp_path):
     trainer = make_trainer(make_llama(), bias_term="value")
     trainer.train()
     delta(trainer.model, trainer._deltas.sites[0]).data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="not finite after step 6, so they are not saved"):
+    with pytest.raises(FloatingPointError, match=r"step 6\b"):
         trainer.save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved").exists()
 
 
 def test_saving_before_anything_is_selected(make_trainer, tmp_path):
-    with pytest.raises(RuntimeError, match="call train"):
+    with pytest.raises(RuntimeError, match=r"\btrain\b"):
         make_trainer().save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved").exists()
 
@@ -237,58 +240,65 @@ def test_an_optimizer_that_does_not_follow_the_learning_rate_cannot_score(make_t
                 parameter.data.add_(rate)
 
     trainer = make_trainer(trainer={"optimizer_cls_and_kwargs": (Headstrong, {"lr": 1.0})})
-    with pytest.raises(RuntimeError, match="does not follow the learning rate"):
+    with pytest.raises(RuntimeError, match="optim=.*bias_term"):
         trainer.train()
 
 
 def test_deltas_that_did_not_move(make_trainer):
-    with pytest.raises(RuntimeError, match="2 of 2 bias deltas did not move"):
+    with pytest.raises(RuntimeError, match="^2 of 2 .*learning_rate"):
         make_trainer(bias_term="value", learning_rate=0.0).train()
 
 
-@pytest.fixture
-def finished(make_trainer):
-    trainer = make_trainer(make_llama(), bias_term="value", save_strategy="steps", save_steps=3)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    trainer = trainer_in(folder, make_llama(), bias_term="value", save_strategy="steps", save_steps=3)
     trainer.train()
     trainer.save_model()
-    return trainer.args.output_dir
+    return folder
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """The output folder of a finished run."""
+    return str(shutil.copytree(whole, tmp_path / "out"))
 
 
 def test_an_output_folder_of_a_different_run(make_trainer, finished, tmp_path):
     make_trainer(make_llama(), bias_term="value", output_dir=finished).train()  # the same run again
-    with pytest.raises(ValueError, match="already holds a different run: the value bias of an unnamed model"):
+    with pytest.raises(ValueError, match=r"\bout\b.*value bias.*unnamed"):
         make_trainer(make_llama(), bias_term="query", output_dir=finished).train()
     make_opt().save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="already holds a different run"):
+    with pytest.raises(ValueError, match=r"^output_dir .*\bout\b"):
         make_trainer(str(tmp_path / "base"), bias_term="value", output_dir=finished).train()
-    with pytest.raises(ValueError, match="a model that no BEFT run wrote"):
+    with pytest.raises(ValueError, match=r"^output_dir .*\bbase\b"):
         make_trainer(make_opt(), output_dir=str(tmp_path / "base")).train()
 
 
 def test_an_output_folder_with_nothing_but_checkpoints_of_a_different_run(make_trainer, finished):
     for file in ("beft_scores.json", "adapter_model.safetensors", "adapter_config.json"):
         os.remove(f"{finished}/{file}")
-    with pytest.raises(ValueError, match="already holds a different run.*checkpoint-6"):
+    with pytest.raises(ValueError, match="output_dir.*checkpoint-6"):
         make_trainer(make_llama(), bias_term="query", output_dir=finished).train()
 
 
 def test_a_checkpoint_with_another_selection(make_trainer, finished):
     trainer = make_trainer(make_llama(), bias_term="query", output_dir=finished)
-    with pytest.raises(ValueError, match="trains the value bias, and this run asks for bias_term='query'"):
+    with pytest.raises(ValueError, match="value.*bias_term='query'"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_that_is_none(make_trainer, finished, tmp_path):
-    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True.*new"):
         make_trainer(output_dir=str(tmp_path / "new")).train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-9").mkdir()
-    with pytest.raises(ValueError, match="it has no beft_checkpoint.json"):
+    with pytest.raises(ValueError, match="checkpoint-9.*beft_checkpoint.json"):
         make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
 def test_the_plugin_without_axolotl_says_what_to_install():
     program = "import sys; sys.modules['axolotl'] = None; import beft_trl.axolotl"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    run = python("-c", program)
     assert "ImportError: beft_trl.axolotl needs Axolotl 0.19 or later" in run.stderr
     assert "pip install axolotl" in run.stderr and "constraints" not in run.stderr  # which no wheel has
 
@@ -296,5 +306,5 @@ def test_the_plugin_without_axolotl_says_what_to_install():
 def test_processes_that_form_no_run_are_refused(make_config, monkeypatch):
     config = make_config()  # sets accelerate up, for one process
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="2 processes were launched, but they do not form one distributed run"):
+    with pytest.raises(RuntimeError, match="^2 processes"):
         BeftSFTTrainer(make_opt(), config, train_dataset=make_rows(), processing_class=make_tokenizer())

@@ -1,13 +1,15 @@
 import json
 import re
-import subprocess
+import shutil
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, trainer_in
+from processes import python
 from safetensors.torch import load_file, save_file
 
 from beft_trl.checkpoints import MANIFEST_FILE, damage, last_complete_checkpoint, mark_complete
@@ -16,23 +18,27 @@ from beft_trl.checkpoints import MANIFEST_FILE, damage, last_complete_checkpoint
 TESTS = Path(__file__).parent
 
 
+def make(folder, **settings):
+    steps = {"bias_term": "value", "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    return trainer_in(folder / "out", make_llama(), **steps | settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    make(folder).train()
+    return folder / "out"
+
+
 @pytest.fixture
-def run(make_trainer):
-    """A finished run with the checkpoints 2, 4 and 6, and a function that makes its trainer again."""
-
-    def make(**settings):
-        return make_trainer(
-            make_llama(),
-            **{"bias_term": "value", "save_strategy": "steps", "save_steps": 2, "max_steps": 6} | settings,
-        )
-
-    trainer = make()
-    trainer.train()
-    return trainer, make
+def run(finished, tmp_path):
+    """The folder of a finished run with the checkpoints 2, 4 and 6, and a function that makes its trainer again."""
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out", partial(make, tmp_path)
 
 
 def test_a_checkpoint_holds_the_run_and_never_the_base(run):
-    folder = Path(run[0].args.output_dir) / "checkpoint-4"
+    folder = run[0] / "checkpoint-4"
     assert damage(folder) is None
     listed = json.loads((folder / MANIFEST_FILE).read_text())["files"]
     needed = {
@@ -56,38 +62,38 @@ def truncate(path):
 
 
 DAMAGES = {
-    "truncated": (lambda folder: truncate(folder / "optimizer.pt"), "optimizer.pt has .* bytes of"),
-    "missing": (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+    "truncated": (lambda folder: truncate(folder / "optimizer.pt"), r"optimizer.pt.*\b\d+ bytes"),
+    "missing": (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth"),
     "flipped": (
         lambda folder: (folder / "beft_scores.json").write_bytes(b" " * (folder / "beft_scores.json").stat().st_size),
-        "beft_scores.json has changed since it was written",
+        "beft_scores.json",
     ),
-    "manifest": (lambda folder: truncate(folder / MANIFEST_FILE), f"{MANIFEST_FILE} is damaged"),
-    "list": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), f"{MANIFEST_FILE} is damaged"),
-    "unmarked": (lambda folder: (folder / MANIFEST_FILE).unlink(), "not written to the end"),
+    "manifest": (lambda folder: truncate(folder / MANIFEST_FILE), MANIFEST_FILE),
+    "list": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), MANIFEST_FILE),
+    "unmarked": (lambda folder: (folder / MANIFEST_FILE).unlink(), f"no {MANIFEST_FILE}"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_that_names_both(run, kind, caplog):
-    trainer, make = run
-    expected = load_file(Path(trainer.args.output_dir) / "checkpoint-6" / "adapter_model.safetensors")
+    out, make = run
+    expected = load_file(out / "checkpoint-6" / "adapter_model.safetensors")
     spoil, reason = DAMAGES[kind]
-    spoil(Path(trainer.args.output_dir) / "checkpoint-6")
+    spoil(out / "checkpoint-6")
     resumed = make()
     resumed.train(resume_from_checkpoint=True)
     assert "checkpoint-4: passed over" in caplog.text
     assert re.search(f"checkpoint-6, since .*{reason}", caplog.text)
-    found = load_file(Path(trainer.args.output_dir) / "checkpoint-6" / "adapter_model.safetensors")
+    found = load_file(out / "checkpoint-6" / "adapter_model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)  # written anew, bit for bit
-    assert damage(Path(trainer.args.output_dir) / "checkpoint-6") is None
+    assert damage(out / "checkpoint-6") is None
 
 
 def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused(run):
-    trainer, make = run
-    checkpoint = Path(trainer.args.output_dir) / "checkpoint-4"
+    out, make = run
+    checkpoint = out / "checkpoint-4"
     truncate(checkpoint / "trainer_state.json")
-    with pytest.raises(ValueError, match="checkpoint-4 cannot be resumed: trainer_state.json has"):
+    with pytest.raises(ValueError, match="checkpoint-4.*trainer_state.json"):
         make().train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -111,13 +117,13 @@ def change_to_a_folder(folder):
     [
         (lambda folder: change_adapter(folder, float("nan")), "not finite"),
         (lambda folder: change_adapter(folder, float("inf")), "not finite"),
-        (change_state, "global_step is -1"),
-        (change_to_a_folder, "optimizer.pt is a folder"),
+        (change_state, "global_step.*-1"),
+        (change_to_a_folder, "optimizer.pt.*folder"),
     ],
 )
 def test_what_no_run_writes_is_refused_under_a_manifest_that_fits_it(run, spoil, named):
-    trainer, make = run
-    checkpoint = Path(trainer.args.output_dir) / "checkpoint-4"
+    out, make = run
+    checkpoint = out / "checkpoint-4"
     written = json.loads((checkpoint / MANIFEST_FILE).read_text())
     (checkpoint / MANIFEST_FILE).unlink()
     spoil(checkpoint)
@@ -127,35 +133,36 @@ def test_what_no_run_writes_is_refused_under_a_manifest_that_fits_it(run, spoil,
 
 
 def test_without_a_complete_checkpoint_nothing_is_resumed(run):
-    trainer, make = run
+    out, make = run
     for step in (2, 4, 6):
-        (Path(trainer.args.output_dir) / f"checkpoint-{step}" / MANIFEST_FILE).unlink()
-    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        (out / f"checkpoint-{step}" / MANIFEST_FILE).unlink()
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=True.*\bout\b"):
         make().train(resume_from_checkpoint=True)
 
 
 def test_another_engine_or_number_of_processes_is_refused(run):
-    trainer, make = run
-    checkpoint = Path(trainer.args.output_dir) / "checkpoint-6"
+    out, make = run
+    checkpoint = out / "checkpoint-6"
     recorded = json.loads((checkpoint / MANIFEST_FILE).read_text())["run"]
     for engine, processes in (("zero2", 1), ("single", 2)):
         (checkpoint / MANIFEST_FILE).unlink()
         mark_complete(checkpoint, engine, processes, recorded)
-        with pytest.raises(ValueError, match=rf"written by {engine} on {processes} .*this run is single on 1"):
+        with pytest.raises(ValueError, match=rf"{engine}\b.*\b{processes}\b.*single\b.*\b1\b"):
             make().train(resume_from_checkpoint=True)
 
 
-def test_old_checkpoints_go_only_when_the_new_one_is_complete(make_trainer, monkeypatch):
-    seen = []
-
-    def mark(checkpoint, *args):
-        seen.append(sorted(path.name for path in Path(checkpoint).parent.glob("checkpoint-*")))
-        mark_complete(checkpoint, *args)
-
-    monkeypatch.setattr("beft_trl.mixin.mark_complete", mark)
+def test_old_checkpoints_go_only_when_the_new_one_is_complete(make_trainer):
     trainer = make_trainer(
         make_llama(), bias_term="value", save_strategy="steps", save_steps=2, max_steps=6, save_total_limit=1
     )
+    out, seen = Path(trainer.args.output_dir), []
+
+    def hook(event, arguments):
+        """The checkpoints that are there when the manifest of one is put in its place."""
+        if event == "os.rename" and Path(arguments[1]).name == MANIFEST_FILE and out in Path(arguments[1]).parents:
+            seen.append(sorted(path.name for path in out.glob("checkpoint-*")))
+
+    sys.addaudithook(hook)  # for good, so that it looks at this folder only
     trainer.train()
     assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-6"]
@@ -191,7 +198,7 @@ def test_a_full_disk_gives_one_error_and_leaves_the_previous_checkpoint(tmp_path
     """Writes really fail: the process may not write a file beyond 1,000 bytes any more."""
     out = tmp_path / "out"
     program = PROGRAM.format(tests=str(TESTS))
-    run = subprocess.run([sys.executable, "-c", program, out], capture_output=True, text=True, check=False)
+    run = python("-c", program, out)
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("OSError: ")
@@ -204,5 +211,5 @@ def test_a_full_disk_gives_one_error_and_leaves_the_previous_checkpoint(tmp_path
 def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(make_trainer, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(OSError, match="output_dir .*file/out cannot be written"):
+    with pytest.raises(OSError, match="output_dir.*file/out"):
         make_trainer("no/such/model", output_dir=str(blocked / "out"))

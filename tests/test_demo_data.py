@@ -59,19 +59,6 @@ def test_the_file_for_axolotl_holds_the_training_rows_as_conversations():
     assert conversations == [row["prompt"] + row["completion"] for row in rows("train")]
 
 
-def test_the_example_overrides_the_demo_by_the_command_line(monkeypatch):
-    ran = []
-    monkeypatch.setattr("beft_trl.cli.run.train", ran.append)
-    monkeypatch.setattr("beft_trl.cli.run.leave", lambda trainer: None)
-    monkeypatch.setattr("beft_trl.demo.make_demo", lambda: None)
-    for more, rate, term in (([], 0.05, "auto"), (["--relative_learning_rate", "0.1", "--bias_term=key"], 0.1, "key")):
-        monkeypatch.setattr(sys, "argv", ["sft_opt.py", *more, "--use_cpu", "true"])
-        runpy.run_path(str(DATA.parent / "sft_opt.py"), run_name="__main__")
-        training = ran[-1].training
-        assert (training.relative_learning_rate, training.bias_term) == (rate, term)
-        assert ran[-1].base_model == str(demo.DEMO_MODEL)
-
-
 def test_the_example_tells_an_error_in_one_paragraph(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sft_opt.py", "--config", "missing.yaml"])
     with pytest.raises(SystemExit) as ended:

@@ -6,8 +6,7 @@ tests/test_distributed.py
 
 import itertools
 import json
-import subprocess
-import sys
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from architectures import build
 from conftest import make_llama, make_opt, make_rows, make_tokenizer
+from processes import python
 from safetensors.torch import load_file
 
 from beft_trl.engines import ENGINES, PRECISIONS
@@ -24,7 +24,6 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("bitsandbytes")
 
 REPOSITORY = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 MODELS = {
     "opt": make_opt,
     "llama": lambda: make_llama(hidden_size=64, intermediate_size=128, tie_word_embeddings=True),
@@ -65,8 +64,11 @@ class Result:
         return load_file(self.output / "adapter_model.safetensors")
 
 
-def launch(folder, model, engine, precision, *overrides, recipe=None, launch_config=None):
-    """One cell through the launch line of its recipe; the global batch is 8 rows whatever the engine."""
+def launch(folder, model, engine, precision, *overrides, recipe=None, launch_config=None, launched=()):
+    """One cell through the launch line of its recipe; the global batch is 8 rows whatever the engine.
+
+    A single process, which the cells are compared with, needs no launcher.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     MODELS[model]().save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
@@ -82,18 +84,14 @@ def launch(folder, model, engine, precision, *overrides, recipe=None, launch_con
         **(recipe or {}),
     }
     (folder / "recipe.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    name = {"single": "single_cpu", "ddp": "ddp_cpu"}.get(engine, engine)
+    command = [REPOSITORY / "tests" / "witness.py", folder, "--config", folder / "recipe.yaml", *FLAGS[precision]]
+    if engine == "single":
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        return python(*command, "--use_cpu", "true", *overrides, cwd=folder, env=environment)
+    name = {"ddp": "ddp_cpu"}.get(engine, engine)
     config = launch_config or REPOSITORY / "recipes" / "accelerate_configs" / f"{name}.yaml"
-    flags = [*FLAGS[precision], *(["--use_cpu", "true"] if engine == "single" else [])]
-    return subprocess.run(
-        [*LAUNCH, config, "--main_process_port", "0", REPOSITORY / "tests" / "witness.py", folder]
-        + ["--config", folder / "recipe.yaml", *flags, *overrides],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=folder,
-    )
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0", *launched]
+    return python(*launcher, *command, *overrides, cwd=folder)
 
 
 def finished(folder, *args, **kwargs) -> Result:
@@ -312,7 +310,7 @@ def test_resume_under_deepspeed_ends_where_the_whole_run_does(tmp_path, engine):
 def test_a_cell_that_misses_its_condition_is_refused_before_weights_are_loaded(
     tmp_path, precision, overrides, message
 ):
-    run = launch(tmp_path / "cell", "llama", "zero3", precision, *overrides)
+    run = launch(tmp_path / "cell", "llama", "zero3", precision, *overrides, launched=("--num_processes", "1"))
     assert run.returncode != 0
     assert message in run.stderr
     assert "Loading weights" not in run.stderr

@@ -1,8 +1,6 @@
 """BERT and RoBERTa with a task's head: what is trained, put back and saved, and how it loads elsewhere."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from bitsandbytes.nn import Linear8bitLt
 from conftest import VOCABULARY, make_tokenizer
 from datasets import Dataset
 from peft import PeftModel
+from processes import python
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -185,8 +184,8 @@ def test_loads_with_plain_peft_and_merges(kind, rows, tmp_path):
         "assert 'beft_trl' not in sys.modules\n"
     )
     torch.save(batch, tmp_path / "batch.pt")
-    paths = [str(path) for path in (base, adapter, tmp_path / "batch.pt", tmp_path / "logits.pt")]
-    subprocess.run([sys.executable, "-c", alone, *paths], check=True)
+    run = python("-c", alone, base, adapter, tmp_path / "batch.pt", tmp_path / "logits.pt")
+    assert run.returncode == 0, run.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
     report = merge_adapter(adapter, merged)
@@ -236,7 +235,7 @@ def on_an_encoder(rows, tmp_path):
 def test_a_head_without_its_configuration_is_not_merged(on_an_encoder, tmp_path):
     _, adapter = on_an_encoder
     (adapter / "config.json").unlink()
-    with pytest.raises(MergeError, match="classifier.bias, which BertModel does not have"):
+    with pytest.raises(MergeError, match=r"classifier\.bias.*BertModel"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -245,7 +244,7 @@ def test_a_base_that_lacks_a_part_is_not_merged(on_an_encoder, tmp_path):
     base, adapter = on_an_encoder
     weights = load_file(base / "model.safetensors")
     save_file({name: values for name, values in weights.items() if "pooler" not in name}, base / "model.safetensors")
-    with pytest.raises(MergeError, match="bert.pooler.dense.bias .* is neither in .* so it would be random"):
+    with pytest.raises(MergeError, match=r"bert\.pooler\.dense\.bias"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -266,11 +265,11 @@ def test_a_trained_adapter_goes_on(rows, tmp_path):
 
 
 def test_what_cannot_be_trained_whole(rows, tmp_path):
-    with pytest.raises(ValueError, match="'poolr'.*no module of that name"):
+    with pytest.raises(ValueError, match="modules_to_save.*'poolr'"):
         make_trainer(make_model("bert"), rows, tmp_path, modules_to_save=["poolr"])
     with pytest.raises(ValueError, match="dtype=torch.float32"):
         make_trainer(make_model("bert").to(torch.bfloat16), rows, tmp_path)
     with pytest.raises(TypeError, match="AutoModelForSequenceClassification"):
         make_trainer("bert-base-cased", rows, tmp_path)
-    with pytest.raises(ValueError, match="no effect.*'value'"):
+    with pytest.raises(ValueError, match="bias_term='key'.*'value'"):
         make_trainer(make_model("roberta"), rows, tmp_path, bias_term="key")

@@ -24,7 +24,7 @@ def test_precisions(dtype):
 def test_fsdp_is_refused_with_what_works_instead(make_config):
     config = make_config()
     config.fsdp = "full_shard"
-    with pytest.raises(ValueError, match="FSDP is not supported.*--launch zero3"):
+    with pytest.raises(ValueError, match="FSDP.*--launch zero3"):
         engine_of(config)
 
 
@@ -32,7 +32,7 @@ def test_without_bitsandbytes_a_quantised_base_is_refused(make_config, monkeypat
     monkeypatch.setattr(engines, "is_bitsandbytes_available", lambda: False)
     refuse_cell("single", make_config(), None, "float32")
     for bits, quantization in {"8": {"load_in_8bit": True}, "4": {"load_in_4bit": True}}.items():
-        with pytest.raises(ImportError, match=rf"{bits}-bit base weights need .*'beft-trl\[quantization\]'"):
+        with pytest.raises(ImportError, match=rf"{bits}-bit.*'beft-trl\[quantization\]'"):
             refuse_cell("single", make_config(), BitsAndBytesConfig(**quantization), "float32")
 
 

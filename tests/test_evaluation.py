@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import make_llama, make_opt, make_rows, make_tokenizer
 from datasets import Dataset
-from test_cli import beft  # noqa: F401, a fixture
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -124,7 +123,7 @@ def test_classes_and_their_confusion():
     assert classes_of(["a", "b", "c"]) == classes_of(["a", "a"]) == []
     counted = confusion(["a", "a", "b"], ["a", "c", "a"], ["a", "b"])
     assert counted == {"a": {"a": 1, "b": 0, "(other)": 1}, "b": {"a": 1, "b": 0, "(other)": 0}}
-    with pytest.raises(ValueError, match="'w1 w1' is none of the choices yes, no"):
+    with pytest.raises(ValueError, match="'w1 w1'.*yes, no"):
         evaluate(None, None, [{"prompt": "w1", "completion": " w1 w1"}], choices=["yes", "no"])
 
 
@@ -148,7 +147,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_eval_puts_base_adapter_and_merged_model_side_by_side(beft, folder, tmp_path):  # noqa: F811
+def test_eval_puts_base_adapter_and_merged_model_side_by_side(beft, folder, tmp_path):
     out = tmp_path / "new" / "figures.json"
     names = [folder / "merged", folder / "adapter"]
     run = beft("eval", *names, "--test_file", folder / "rows.jsonl", "--json", out)
@@ -183,7 +182,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_eval_says_what_is_wrong(beft, folder, monkeypatch, case):  # noqa: F811
+def test_eval_says_what_is_wrong(beft, folder, monkeypatch, case):
     monkeypatch.chdir(folder)
     Dataset.from_list([{"text": "w1 w2"}]).to_json("text.jsonl")
     turns(make_rows(2)).to_json("turns.jsonl")

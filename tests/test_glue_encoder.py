@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tokenizer
+from processes import python
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, pipeline, set_seed
 from trl import TrlParser
@@ -36,13 +35,12 @@ def project(tmp_path):
     return tmp_path
 
 
-def run(project, *arguments, launched=(sys.executable,)):
+def run(project, *arguments, launched=()):
     command = [
-        *launched, str(SCRIPT), "--config", str(RECIPES[0]), "--model_name_or_path", "encoder", "--use_cpu", "true",
+        *launched, SCRIPT, "--config", str(RECIPES[0]), "--model_name_or_path", "encoder", "--use_cpu", "true",
         "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--train_rows", "24", *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    return python(*command, cwd=project, env={**os.environ, "DS_ACCELERATOR": "cpu"})
 
 
 def test_local_files(project):
@@ -70,7 +68,7 @@ def test_two_processes_equal_one(project, engine):
     assert one.returncode == 0, one.stderr
     config = REPOSITORY / "recipes" / "accelerate_configs" / f"{engine}.yaml"
     launched = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
+        "-m", "accelerate.commands.launch", "--config_file", str(config),
         "--num_processes", "2", "--main_process_port", "0",
     ]  # fmt: skip
     two = run(project, *arguments, "--per_device_train_batch_size", "2", "--output_dir", "two", launched=launched)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import python
 from safetensors.torch import load_file
 
 from beft_trl.checkpoints import MANIFEST_FILE, last_complete_checkpoint
@@ -182,8 +183,7 @@ DRIVER = textwrap.dedent(
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.matrix)])
 def test_a_kill_at_any_file_event_ends_in_the_bits_of_a_run_never_killed(tmp_path, kills):
     """From the first file that the run opens to the last one of its final save. Forked: imports are done once."""
-    command = [sys.executable, "-c", DRIVER, TESTS, tmp_path, str(kills)]
-    driver = subprocess.run(command, capture_output=True, text=True, check=False)
+    driver = python("-c", DRIVER, TESTS, tmp_path, str(kills))
     assert driver.returncode == 0, driver.stderr[-2000:]
     done = json.loads(driver.stdout.splitlines()[-1])
     assert len({at for at, _, _ in done["codes"]}) == kills

@@ -39,7 +39,7 @@ def test_a_file_of_deepspeed_tells_its_engine(tmp_path, zero, engine):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"distributed_type": "FSDP"}, "FSDP is not supported.*--launch zero3"),
+        ({"distributed_type": "FSDP"}, "FSDP.*--launch zero3"),
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 0}}, "zero_stage 0 .*--launch ddp"),
     ],
 )
@@ -50,7 +50,7 @@ def test_an_engine_that_is_not_among_the_cells_is_refused_before_it_is_launched(
 
 def test_without_deepspeed_its_launcher_is_not_started(monkeypatch):
     monkeypatch.setattr(engines, "is_deepspeed_available", lambda: False)
-    with pytest.raises(ImportError, match=r"ZeRO-2 needs DeepSpeed.*pip install 'beft-trl\[deepspeed\]'"):
+    with pytest.raises(ImportError, match=r"ZeRO-2.*'beft-trl\[deepspeed\]'"):
         launch_command("zero2", ["train", "recipe.yaml"])
     assert launch_command("ddp", ["train", "recipe.yaml"])[-2:] == ["train", "recipe.yaml"]
 

@@ -202,7 +202,7 @@ class UnknownAttention(nn.Module):
 
 
 def test_a_fused_projection_of_unknown_order_is_refused_by_name():
-    with pytest.raises(UnsupportedLayoutError, match=r"one fused matrix \(0.qkv_proj, 2 in all\) whose order"):
+    with pytest.raises(UnsupportedLayoutError, match=r"0\.qkv_proj, 2\b"):
         find_bias_sites(nn.Sequential(UnknownAttention(), UnknownAttention()))
 
 
@@ -214,7 +214,7 @@ class DoubledAttention(nn.Module):
 
 
 def test_a_query_projection_that_gives_something_else_too_is_refused():
-    with pytest.raises(UnsupportedLayoutError, match="half of them are no query"):
+    with pytest.raises(UnsupportedLayoutError, match="q_proj.*DoubledAttention"):
         find_bias_sites(DoubledAttention())
 
 
@@ -222,16 +222,16 @@ def test_a_model_without_attention_and_one_with_cross_attention_are_refused():
     model = AutoModelForCausalLM.from_config(
         MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
     )
-    with pytest.raises(UnsupportedLayoutError, match="MambaForCausalLM has no attention layer"):
+    with pytest.raises(UnsupportedLayoutError, match="MambaForCausalLM.*q_proj"):
         find_bias_sites(model)
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
-    with pytest.raises(UnsupportedLayoutError, match="T5ForConditionalGeneration has cross-attention"):
+    with pytest.raises(UnsupportedLayoutError, match="T5ForConditionalGeneration.*cross-attention"):
         find_bias_sites(T5ForConditionalGeneration(config))
 
 
 def test_an_explicit_dead_term_is_refused_and_left_out_of_all():
     sites = find_bias_sites(make_opt())
-    with pytest.raises(ValueError, match="bias_term='key' has no effect.*Use 'query', 'value' or 'auto'"):
+    with pytest.raises(ValueError, match="bias_term='key'.*'query', 'value' or 'auto'"):
         sites_of_term(sites, "key")
     assert {site.term for site in sites_of_term(sites, "all")} == {"query", "value"}
     assert {site.term for site in sites_of_term(sites, "value")} == {"value"}

@@ -75,7 +75,7 @@ def beft(words: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory, fast_collection):
+def there(tmp_path_factory):
     """The demo's folder as the current one, where tiny models stand for those of the hub."""
     folder = tmp_path_factory.mktemp("pages")
     tokenizer = make_tokenizer()

@@ -81,16 +81,16 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(tmp_path):
 
 
 def test_values_out_of_range_in_yaml_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="bias_term='valeu' is not one of"):
+    with pytest.raises(ValueError, match="bias_term='valeu'.*value"):
         parse_recipe(write(tmp_path / "r.yaml", "model_name_or_path: x\nbias_term: valeu\noutput_dir: out\n"))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("use_peft: true", "use_peft=True asks for a LoRA adapter"), ("seed: 1", "model_name_or_path is missing")],
+    [("use_peft: true", "use_peft=True"), ("seed: 1", "^model_name_or_path")],
 )
 def test_recipes_that_cannot_run(tmp_path, line, message):
-    model = "" if "missing" in message else "model_name_or_path: x\n"
+    model = "" if "model_name" in message else "model_name_or_path: x\n"
     with pytest.raises(ValueError, match=message):
         parse_recipe(write(tmp_path / "r.yaml", f"{model}{line}\noutput_dir: out\n"))
 
@@ -136,11 +136,11 @@ def test_other_formats_pass_through(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({}, ValueError, "exactly one way.*none of them"),
+        ({}, ValueError, "train_file.*dataset_name.*none"),
         ({"train_file": "a.json", "dataset_name": "b"}, ValueError, "train_file and dataset_name"),
-        ({"test_file": "a.json"}, ValueError, "exactly one way"),
-        ({"train_file": "absent.json"}, FileNotFoundError, "absent.json does not exist"),
-        ({"train_file": __file__}, ValueError, "is of no known kind"),
+        ({"test_file": "a.json"}, ValueError, "train_file.*dataset_name"),
+        ({"train_file": "absent.json"}, FileNotFoundError, "absent.json"),
+        ({"train_file": __file__}, ValueError, "test_recipe.py.*jsonl"),
     ],
 )
 def test_datasets_that_cannot_be_loaded(settings, error, message):
@@ -166,21 +166,21 @@ def test_local_files_keep_their_parts_whatever_the_splits_are_called(tmp_path, s
 
 
 MISREAD = {
-    "a key twice": ("seed: 1\nlearning_rate: 1e-3\nseed: 2\n", "seed stands twice in the recipe, in lines 2 and 4"),
+    "a key twice": ("seed: 1\nlearning_rate: 1e-3\nseed: 2\n", "in lines 2 and 4"),
     "a nested key twice": ("lr_scheduler_kwargs: {a: 1, a: 2}\n", "a stands twice"),
     "a word that YAML takes for false": ("save_strategy: no\n", 'write "no" in quotes'),
-    "settings of LoRA": ("lora_r: 32\n", "lora_r has no effect"),
-    "settings of LoRA that are its defaults": ("lora_alpha: 32\nlora_r: 16\n", "lora_r, lora_alpha has no effect"),
+    "settings of LoRA": ("lora_r: 32\n", "lora_r "),
+    "settings of LoRA that are its defaults": ("lora_alpha: 32\nlora_r: 16\n", "lora_r, lora_alpha"),
     "datasets as Axolotl has them": ("datasets: [{path: a.jsonl, type: alpaca}]\n", "'type': 'alpaca'"),
-    "datasets of names": ("datasets: [a.jsonl]\n", "'a.jsonl' is no entry"),
+    "datasets of names": ("datasets: [a.jsonl]\n", "'a.jsonl'"),
     "two dtypes": ("dtype: float32\nmodel_init_kwargs: {dtype: bfloat16}\n", "dtype='float32' and dtype='bfloat16'"),
     "a nested dtype that is none": ("model_init_kwargs: {dtype: float33}\n", "dtype='float33'"),
     "a path of nothing": ("output_dir: ''\n", "output_dir=''"),
     "a path that no system has": ('output_dir: "a\\0b"\n', "output_dir='a\\x00b'"),
-    "a rate of nothing": ("learning_rate: 0\n", "learning_rate=0 trains nothing"),
+    "a rate of nothing": ("learning_rate: 0\n", "learning_rate=0"),
     "two names of dtype": ("dtype: float32\ntorch_dtype: bfloat16\n", "give dtype only"),
     "a dtype that is none": ("dtype: float33\n", "dtype='float33'"),
-    "a packing that is none": ("packing_strategy: bogus\n", "packing_strategy='bogus' is not one of 'bfd'"),
+    "a packing that is none": ("packing_strategy: bogus\n", "packing_strategy='bogus'"),
     "two quantisations": (
         "load_in_8bit: true\nmodel_init_kwargs: {quantization_config: {load_in_4bit: true}}\n",
         "quantization_config of model_init_kwargs",
@@ -223,7 +223,7 @@ def test_the_demo_before_its_model_says_how_to_make_it(tmp_path, monkeypatch):
         refuse_missing_model("models/SmolLM2-135M-Instruct")
     with pytest.raises(FileNotFoundError, match="'./absent'"):
         refuse_missing_model("./absent")
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    with pytest.raises(FileNotFoundError, match="config.json"):
         refuse_missing_model(str(tmp_path))
     with pytest.raises(OSError, match="'nobody/nothing'"):
         refuse_missing_model("nobody/nothing")
@@ -231,19 +231,13 @@ def test_the_demo_before_its_model_says_how_to_make_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("blank", [{"output": ""}, {"output": None}, {"instruction": " "}])
-def test_a_blank_cell_of_an_alpaca_row_is_named(tmp_path, monkeypatch, blank, streaming):
-    from datasets import load_dataset
-
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ALPACA, ALPACA[0] | blank]))
-    file = str(tmp_path / "rows.jsonl")
-    monkeypatch.setattr(
-        "beft_trl.cli.recipe.load_dataset",
-        lambda *_, **options: load_dataset("json", data_files=file, streaming=streaming),
-    )
+def test_a_blank_cell_of_an_alpaca_row_is_named(tmp_path, blank, streaming):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*ALPACA, ALPACA[0] | blank]))
     with pytest.raises(ValueError, match=f"Row 3 of the split train: '{next(iter(blank))}'"):
-        list(load(dataset_name="rows")["train"])
-    with pytest.raises(ValueError, match=rf"Row 3 of .*rows.jsonl: '{next(iter(blank))}'"):
-        load(train_file=file)
+        list(load(dataset_name=str(tmp_path), dataset_streaming=streaming)["train"])
+    with pytest.raises(ValueError, match=rf"Row 3 of .*train.jsonl: '{next(iter(blank))}'"):
+        load(train_file=str(file))
 
 
 def test_answers_need_prompts(make_config):
@@ -256,5 +250,5 @@ def test_evaluation_needs_held_out_rows(make_config):
     script_args = BeftScriptArguments()
     assert held_out_rows({"train": []}, script_args, make_config()) is None
     for settings in ({"eval_strategy": "epoch"}, {"eval_on_start": True}):
-        with pytest.raises(ValueError, match="eval_strategy=.*needs held-out rows"):
+        with pytest.raises(ValueError, match="eval_strategy=.*eval_on_start=.*test_file"):
             held_out_rows({"train": []}, script_args, make_config(**settings))

@@ -40,5 +40,5 @@ def test_ci_runs_the_commands_of_readme_and_contributing():
     told = {part.strip() for line in lines for part in line.split("&&")}
     install, run = ((REPOSITORY / ".ci" / file).read_text(encoding="utf-8") for file in ("install", "run"))
     commands = {line.strip() for line in install.splitlines() if line.strip().startswith("pip install")}
-    commands |= set(re.findall(r"(?:^|=\w+ )((?:accelerate launch|pytest) .*)", run, re.MULTILINE))
+    commands |= set(re.findall(r"^(?: *|.*=\w+ )((?:accelerate launch|pytest) .*)", run, re.MULTILINE))
     assert commands == told

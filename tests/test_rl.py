@@ -1,112 +1,27 @@
-"""Preference, reward and reinforcement learning with one bias."""
+"""What preference and reinforcement learning train and save with one bias."""
 
 import math
-import runpy
-import shutil
-import sys
-from pathlib import Path
 from statistics import fmean
 
-import architectures
 import pytest
 import torch
-from conftest import make_llama, make_opt, make_rows, make_tokenizer
-from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import make_llama, make_tokenizer
+from peft import PeftModel
+from rl_trainers import BATCH, COMMON, EIGHT_BITS, TRAINERS, make, make_dpo, pairs
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    set_seed,
 )
 from trl import RewardConfig
-from trl.distributed import DistributedBackend
-from trl.generation.vllm_generation import VLLMGeneration
 
 from beft_trl import (
     BeftDPOConfig,
     BeftDPOTrainer,
     BeftGRPOConfig,
-    BeftGRPOTrainer,
     BeftKTOConfig,
-    BeftKTOTrainer,
     BeftRewardConfig,
-    BeftRewardTrainer,
     BeftRLOOConfig,
-    BeftRLOOTrainer,
 )
-from beft_trl.compat.rollouts import send_only_biases
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-COMMON = {
-    "max_steps": 4, "score_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False,
-    "bias_layers": "all", "bias_term": "auto",
-    "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "learning_rate": 1e-2,
-    "relative_learning_rate": None, "logging_steps": 1, "disable_tqdm": True,
-}  # fmt: skip
-
-
-def pairs():
-    rows = [{**row, "chosen": row["completion"], "rejected": " w50 w51"} for row in make_rows(32)]
-    return Dataset.from_list(rows).remove_columns("completion")
-
-
-def marked():
-    return Dataset.from_list([{**row, "label": number % 2 == 0} for number, row in enumerate(make_rows(32))])
-
-
-def prompts():
-    return make_rows(16).remove_columns("completion")
-
-
-def short_answers(completions, **columns):
-    """A reward that differs within each group."""
-    return [float(len(set(text.split()))) for text in completions]
-
-
-def make_dpo(model, folder, **settings):
-    return BeftDPOTrainer(
-        model, args=BeftDPOConfig(str(folder), **(COMMON | settings)), train_dataset=pairs(),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-
-
-def make_kto(model, folder, **settings):
-    return BeftKTOTrainer(
-        model, args=BeftKTOConfig(str(folder), **(COMMON | settings)), train_dataset=marked(),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-
-
-def make_online(trainer, config, model, folder, **settings):
-    sizes = {"num_generations": 2, "max_completion_length": 6}
-    return trainer(
-        model, short_answers, args=config(str(folder), **(COMMON | sizes | settings)), train_dataset=prompts(),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-
-
-def make_grpo(model, folder, **settings):
-    return make_online(BeftGRPOTrainer, BeftGRPOConfig, model, folder, **({"beta": 0.1} | settings))
-
-
-def make_rloo(model, folder, **settings):
-    return make_online(BeftRLOOTrainer, BeftRLOOConfig, model, folder, **({"beta": 0.1} | settings))
-
-
-def make_reward(model, folder, **settings):
-    return BeftRewardTrainer(
-        model, args=BeftRewardConfig(str(folder), **(COMMON | settings)), train_dataset=pairs(),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-
-
-TRAINERS = {"DPO": make_dpo, "KTO": make_kto, "GRPO": make_grpo, "RLOO": make_rloo}
-TURN = {"role": "assistant", "content": "w1"}
-BATCH = {"input_ids": torch.tensor([[5, 6, 7]])}
 
 
 @pytest.mark.parametrize(
@@ -155,76 +70,6 @@ def test_the_run_after_a_scoring_pass_is_that_of_a_run_with_the_term_given(kind,
     assert str(logs[0]) == str(logs[1])  # as text, for the NaN among them
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
-def test_only_learnt_tokens_count_for_the_size_of_the_outputs(kind, tmp_path, monkeypatch):
-    """The mean over what the loss sees, by hand: prompts and completions, and no token of the generation."""
-    trainer = TRAINERS[kind](make_llama(), tmp_path / "out", score_steps=1, max_steps=1)
-    path = "model.layers.0.self_attn.v_proj"
-    sizes = []
-    compute_loss = type(trainer).compute_loss
-
-    def note(self, model, inputs, *others, **kwargs):
-        if not sizes:
-            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-            plain, outputs = make_llama(), []
-            plain.get_submodule(path).register_forward_hook(lambda *call: outputs.append(call[-1].detach()))
-            plain(input_ids=ids, attention_mask=mask)
-            sizes.append(outputs[0][mask.bool()].square().mean().sqrt().item())
-        return compute_loss(self, model, inputs, *others, **kwargs)
-
-    monkeypatch.setattr(type(trainer), "compute_loss", note)
-    # One step of Adam moves every number by the rate, so that the anchor's length follows from the importance.
-    scores = trainer.score()
-    site = next(layer for layer in scores.terms["value"].layers if layer.layer == 0)
-    assert scores.anchor == "activation" and site.importance > 0
-    trainer = TRAINERS[kind](
-        make_llama(),
-        tmp_path / "relative",
-        score_steps=1,
-        max_steps=1,
-        bias_term="value",
-        learning_rate=None,
-        relative_learning_rate=0.1,
-    )
-    trainer.train()
-    assert trainer.learning_rates[path] == pytest.approx(0.1 * sizes[0], rel=1e-4)
-
-
-GIVEN = {
-    "DPO": (BeftDPOTrainer, BeftDPOConfig, pairs), "KTO": (BeftKTOTrainer, BeftKTOConfig, marked),
-    "reward": (BeftRewardTrainer, BeftRewardConfig, pairs), "GRPO": (BeftGRPOTrainer, BeftGRPOConfig, prompts),
-}  # fmt: skip
-
-
-def make(kind, folder, model=None, rows=None, tokenizer=None, settings=None, **given):
-    """A trainer with anything of it replaced."""
-    trainer, config, own_rows = GIVEN[kind]
-    if kind == "GRPO":
-        given = {"reward_funcs": short_answers, **given}
-        settings = {"num_generations": 2, "max_completion_length": 6, **(settings or {})}
-    if model is None:
-        model = make_reward_model() if kind == "reward" else make_llama()
-    return trainer(
-        model, args=config(str(folder), **COMMON | {"bias_term": "value"} | (settings or {})),
-        train_dataset=own_rows() if rows is None else rows, processing_class=tokenizer or make_tokenizer(), **given,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["DPO", "KTO"])
-def test_references_that_are_none_are_refused(kind, tmp_path):
-    model = make_llama()
-    with pytest.raises(ValueError, match="ref_model is the model itself"):
-        make(kind, tmp_path, model, ref_model=model)
-    with pytest.raises(TypeError, match="ref_model must be a loaded model, got 'base'"):
-        make(kind, tmp_path, ref_model="base")
-    adapted = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="ref_model has an adapter.*Merge it"):
-        make(kind, tmp_path, ref_model=adapted)
-    with pytest.raises(ValueError, match="Leave sync_ref_model out"):
-        make(kind, tmp_path, settings={"sync_ref_model": True})
-
-
 def test_another_reference_is_the_one_that_counts(tmp_path):
     """The first loss by hand: the model is the base, and the reference is another model."""
     rows = pairs().select(range(4))
@@ -244,101 +89,6 @@ def test_another_reference_is_the_one_that_counts(tmp_path):
         margins.append(0.5 * margin)
     expected = -torch.nn.functional.logsigmoid(torch.stack(margins)).mean().item()
     assert next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry) == pytest.approx(expected)
-
-
-WRONG_ROWS = {
-    "columns": ({"text": "w1 w2"}, "found text. Needed: '"),
-    "missing": ({"prompt": "w1", "chosen": None, "rejected": " w3", "completion": None, "label": True}, "is missing"),
-    "numbers": ({"prompt": 1, "chosen": 2, "rejected": 3, "completion": 2, "label": True}, "'prompt' is 1"),
-    "turns": (
-        {"prompt": "w1", "chosen": [TURN], "rejected": [TURN], "completion": [TURN], "label": True},
-        "'prompt' is text.* turns",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", GIVEN)
-@pytest.mark.parametrize("wrong", [*WRONG_ROWS, "none"])
-def test_rows_of_a_wrong_kind_are_named(kind, wrong, tmp_path):
-    if kind == "GRPO" and wrong in ("missing", "turns"):
-        return  # it learns from prompts only
-    row, message = WRONG_ROWS.get(wrong, ({}, "train_dataset is empty"))
-    rows = Dataset.from_list([row] * 4) if row else GIVEN[kind][2]().select([])
-    with pytest.raises(ValueError, match=message):
-        make(kind, tmp_path, rows=rows)
-
-
-@pytest.mark.parametrize("label", [None, "yes", math.nan])
-def test_labels_that_say_nothing_are_named(label, tmp_path):
-    rows = Dataset.from_list([{**row, "label": label} for row in make_rows(4)])
-    with pytest.raises(ValueError, match="Row 1 of train_dataset: 'label' is .*true .a desired answer. or false"):
-        make("KTO", tmp_path, rows=rows)
-
-
-@pytest.mark.parametrize("label", [True, False])
-def test_labels_that_are_all_the_same_are_warned_of(label, tmp_path, caplog):
-    caplog.set_level("WARNING", logger="beft_trl")
-    make("KTO", tmp_path, rows=Dataset.from_list([{**row, "label": label} for row in make_rows(4)]))
-    assert any(f"All 4 rows of train_dataset have label={label}" in text for text in caplog.messages)
-
-
-@pytest.mark.parametrize("kind", ["DPO", "KTO", "reward"])
-def test_tokens_that_the_model_does_not_have_are_named(kind, tmp_path):
-    model = make_reward_model() if kind == "reward" else make_llama()
-    model.resize_token_embeddings(20)
-    with pytest.raises(ValueError, match="of the train dataset has .* in (prompt|chosen)_ids.* tokens 0 to 19"):
-        make(kind, tmp_path, model)
-
-
-@pytest.mark.parametrize("kind", ["DPO", "KTO"])
-def test_rows_beyond_the_positions_or_cut_off_are_named(kind, tmp_path):
-    words = " ".join("w1" for _ in range(62))
-    rows = Dataset.from_list([
-        {"prompt": words, "chosen": " w2 w3", "rejected": " w3", "completion": " w2 w3", "label": index % 2 == 0}
-        for index in range(4)
-    ])  # fmt: skip
-    with pytest.raises(ValueError, match="has 65 tokens, and the model has 64 positions.*max_length to at most 64"):
-        make(kind, tmp_path, make_opt(), rows)
-    make(kind, tmp_path, make_opt(), rows, settings={"max_length": 64})
-    with pytest.raises(ValueError, match="No row of the train dataset is left within max_length=62"):
-        make(kind, tmp_path, make_opt(), rows, settings={"max_length": 62})
-
-
-@pytest.mark.parametrize("kind", GIVEN)
-def test_a_tokenizer_that_can_end_nothing_is_refused(kind, tmp_path):
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="has no eos_token"):
-        make(kind, tmp_path, tokenizer=tokenizer)
-
-
-@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO"])
-def test_a_model_that_generates_no_text_is_refused(kind, tmp_path):
-    with pytest.raises(ValueError, match="does not generate text"):
-        make(kind, tmp_path, architectures.build("bert"))
-
-
-def async_of(values):
-    async def reward(completions, **columns):
-        return values
-
-    return reward
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("values", [None, 1.0, ["good"] * 4, [[1.0]] * 4, [1.0, math.inf, 0.0, 0.0]], ids=str)
-def test_rewards_of_a_wrong_kind_are_named(values, asynchronous, tmp_path):
-    def reward(completions, **columns):
-        return values
-
-    trainer = make("GRPO", tmp_path, reward_funcs=[async_of(values) if asynchronous else reward])
-    with pytest.raises((TypeError, ValueError), match="The reward function reward returned .*one finite number"):
-        trainer.train()
-
-
-def test_a_tied_head_is_not_cast(tmp_path):
-    with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True.*tied"):
-        make("GRPO", tmp_path, make_llama(tie_word_embeddings=True), settings={"cast_lm_head_to_fp32": True})
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
@@ -372,49 +122,6 @@ def test_preference_training_learns_what_is_preferred(tmp_path):
     assert fmean(losses[-4:]) < 0.9 * losses[0]
 
 
-def make_reward_model():
-    set_seed(0)
-    config = make_llama().config
-    config.num_labels = 1
-    return LlamaForSequenceClassification(config)
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_a_reward_model_is_saved_with_its_head(by_name, tmp_path):
-    make_reward_model().save_pretrained(tmp_path / "base")
-    trainer = make_reward(str(tmp_path / "base") if by_name else make_reward_model(), tmp_path / "out")
-    trainer.train()
-    trainer.save_model()
-    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert "base_model.model.score.weight" in saved and len(saved) == 3
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    assert not torch.equal(saved["base_model.model.score.weight"], base.score.weight)
-    with torch.inference_mode():
-        trained = trainer.model.eval()(**BATCH).logits
-        assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "out")(**BATCH).logits, trained)
-
-
-def test_a_reward_head_in_16_bits_is_refused_before_weights_are_loaded(tmp_path):
-    make_reward_model().save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="score of .* is in torch.bfloat16.*dtype=torch.float32"):
-        make_reward(str(tmp_path / "base"), tmp_path / "out", model_init_kwargs={"dtype": "bfloat16"})
-
-
-EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
-
-
-def test_a_reward_head_on_a_quantised_base_begins_as_it_was_loaded_and_learns_in_fp32(tmp_path):
-    """TRL casts what a quantised model trains to bf16."""
-    make_reward_model().save_pretrained(tmp_path / "base")
-    quantised = {"quantization_config": EIGHT_BITS, "dtype": "float32"}
-    trainer = make_reward(str(tmp_path / "base"), tmp_path / "out", model_init_kwargs=quantised)
-    head = trainer.model.get_parameter("base_model.model.score.modules_to_save.default.weight")
-    assert torch.equal(head, make_reward_model().score.weight)
-    trainer.train()
-    assert head.dtype == torch.float32 and not torch.equal(head, make_reward_model().score.weight)
-
-
 def test_an_adapter_on_a_quantised_base_goes_on_from_what_was_saved(tmp_path):
     """TRL casts what a quantised model trains to bf16."""
     make_llama().save_pretrained(tmp_path / "base")
@@ -427,84 +134,11 @@ def test_an_adapter_on_a_quantised_base_goes_on_from_what_was_saved(tmp_path):
         assert torch.equal(second.model.get_parameter(f"{name}.default"), values)
 
 
-def test_a_causal_model_becomes_a_reward_model_by_its_name(tmp_path):
-    """As RewardTrainer does: the head is new, and trained."""
-    make_llama().save_pretrained(tmp_path / "base")
-    trainer = make_reward(str(tmp_path / "base"), tmp_path / "out")
-    trainer.train()
-    trainer.save_model()
-    assert trainer.model.peft_config["default"].task_type == "SEQ_CLS"
-    assert "base_model.model.score.weight" in load_file(tmp_path / "out" / "adapter_model.safetensors")
-
-
-def no_differences(completions, **columns):
-    return [1.0] * len(completions)
-
-
-def make_hopeless(folder, reward=no_differences, **settings):
-    return BeftGRPOTrainer(
-        make_llama(), reward, train_dataset=prompts(), processing_class=make_tokenizer(),
-        args=BeftGRPOConfig(str(folder), **(COMMON | {"num_generations": 2, "max_completion_length": 6} | settings)),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("term", "error"), [("auto", ValueError), ("value", RuntimeError)])
-def test_rewards_that_never_differ_are_named(tmp_path, term, error):
-    with pytest.raises(error, match="rewards never differed among the completions of a prompt"):
-        make_hopeless(tmp_path, bias_term=term).train()
-    assert not (tmp_path / "adapter_model.safetensors").exists()
-
-
-def test_rewards_that_do_not_differ_for_long_are_warned_of(tmp_path, caplog):
-    def late(completions, trainer_state, **columns):
-        return [float(number % 2) * (trainer_state.global_step >= 10) for number in range(len(completions))]
-
-    caplog.set_level("WARNING", logger="beft_trl")
-    make_hopeless(tmp_path, late, bias_term="value", max_steps=12).train()
-    assert sum("Nothing was learnt in 10 steps. The rewards never differed" in text for text in caplog.messages) == 1
-
-
-@pytest.mark.parametrize("steps", [0, 2])
-def test_a_resumed_run_may_learn_nothing_more(steps, tmp_path):
-    saved = {"save_strategy": "steps", "save_steps": 2, "bias_term": "value"}
-    first = make_hopeless(tmp_path, short_answers, **saved)
-    first.train()
-    second = make_hopeless(tmp_path, **saved)
-    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{4 - steps}"))
-    if not steps:
-        found, expected = second.model.state_dict(), first.model.state_dict()
-        assert all(torch.equal(found[name], values) for name, values in expected.items())
-
-
-def test_completions_of_which_no_token_counts_are_named(tmp_path):
-    trainer = make_hopeless(
-        tmp_path, short_answers, bias_term="value", mask_truncated_completions=True,
-        generation_kwargs={"min_new_tokens": 6},
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match="No token of a completion counted.*max_completion_length"):
-        trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("trainer", "config"), [(BeftDPOTrainer, BeftDPOConfig), (BeftRewardTrainer, BeftRewardConfig)]
-)
-def test_pairs_that_are_equal_are_refused(tmp_path, caplog, trainer, config):
-    model = make_llama() if trainer is BeftDPOTrainer else make_reward_model()
-    given = {"args": config(str(tmp_path), **COMMON), "processing_class": make_tokenizer()}
-    rows = pairs()
-    equal = rows.map(lambda row: {"rejected": row["chosen"]})
-    with pytest.raises(ValueError, match="the same in every row"):
-        trainer(model, train_dataset=equal, **given)
-    caplog.set_level("WARNING", logger="beft_trl")
-    trainer(model, train_dataset=concatenate_datasets([rows, equal.select(range(3))]), **given)
-    assert any("3 of 35 rows of train_dataset have the same answer" in text for text in caplog.messages)
-
-
 def test_defaults_suit_biases_and_the_reward_head_keeps_its_own(tmp_path):
     for config in (BeftDPOConfig, BeftKTOConfig, BeftGRPOConfig, BeftRLOOConfig):
         args = config(str(tmp_path), use_cpu=True)
         assert args.relative_learning_rate == 0.05 and not args.bf16
-        with pytest.raises(ValueError, match="exclude each other"):
+        with pytest.raises(ValueError, match="learning_rate=0.001.*relative_learning_rate=0.05"):
             config(str(tmp_path), use_cpu=True, learning_rate=1e-3, relative_learning_rate=0.05)
     assert BeftGRPOConfig(str(tmp_path), use_cpu=True).bias_term == "value"
     rewards = BeftRewardConfig(str(tmp_path), use_cpu=True, bf16=False)
@@ -512,126 +146,8 @@ def test_defaults_suit_biases_and_the_reward_head_keeps_its_own(tmp_path):
     assert (rewards.learning_rate, rewards.relative_learning_rate) == (plain.learning_rate, 0.05)
 
 
-def test_the_reference_is_the_base_with_the_biases_off(tmp_path):
-    """TRL's estimate of the divergence is 0 in the first step, and only there; no second copy is in memory."""
-    trainer = make_grpo(make_llama(), tmp_path, bias_term="value", max_steps=3, learning_rate=0.3)
-    trainer.train()
-    divergence = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
-    assert divergence[0] == 0 and all(value > 0 for value in divergence[1:])
-    assert trainer.ref_model is None
-    base = sum(parameter.numel() for parameter in make_llama().parameters())
-    deltas = sum(parameter.numel() for name, parameter in trainer.model.named_parameters() if "beft_bias" in name)
-    assert sum(parameter.numel() for parameter in trainer.model.parameters()) == base + deltas
-
-
 def test_a_run_without_a_configuration_is_named_after_its_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_llama().save_pretrained("base")
     trainer = BeftDPOTrainer("base", train_dataset=pairs(), processing_class=make_tokenizer())
     assert trainer.args.output_dir == "base-BEFT" and isinstance(trainer.args, BeftDPOConfig)
-
-
-def make_rollouts(trainer, sleeps):
-    """TRL's sender of weights, without the engine that it sends them to."""
-    generation = object.__new__(VLLMGeneration)
-    generation.model, generation.enable_sleep_mode = trainer.model, sleeps
-    generation._dist = DistributedBackend(trainer.accelerator)
-    send_only_biases(generation, trainer._trained_biases)
-    return dict(generation._iter_named_params())
-
-
-@pytest.mark.parametrize("name", ["qwen2", "bloom"])
-def test_what_vllm_is_sent_makes_the_base_the_trained_model(tmp_path, name):
-    """The biases into the base as it was loaded, and all that an engine which slept is sent into a model of noise."""
-    model = architectures.build(name)
-    model.config.name_or_path = ""
-    base = {key: values.clone() for key, values in model.state_dict().items()}
-    trainer = make_grpo(model, tmp_path, bias_term="value", learning_rate=0.1)
-    trainer.train()
-    with torch.inference_mode():
-        expected = trainer.model.eval()(**BATCH).logits
-    plain = architectures.build(name)
-    biases = make_rollouts(trainer, sleeps=False)
-    assert all(path.endswith(".bias") for path in biases) and len(biases) == plain.config.num_hidden_layers
-    plain.load_state_dict(base | biases)
-    with torch.inference_mode():
-        torch.testing.assert_close(plain(**BATCH).logits, expected, rtol=0, atol=1e-5)
-        assert not torch.equal(architectures.build(name)(**BATCH).logits, expected)
-        noise = type(plain)(plain.config).eval()
-        missing, unexpected = noise.load_state_dict(make_rollouts(trainer, sleeps=True), strict=False)
-        assert not unexpected and set(missing) <= {"lm_head.weight"}
-        torch.testing.assert_close(noise(**BATCH).logits, expected, rtol=0, atol=1e-5)
-
-
-def test_rollouts_of_a_base_without_biases_are_refused_with_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="beft merge --base model --output model-biases"):
-        make_grpo(make_llama(), tmp_path, use_vllm=True)
-
-
-@pytest.fixture
-def demo(tmp_path, monkeypatch):
-    """The demo's folder as the current one, with the recipes of this page and a tiny model."""
-    monkeypatch.chdir(tmp_path)
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
-    make_llama(max_position_embeddings=1024).save_pretrained("models/SmolLM2-135M-Instruct")
-    tokenizer.save_pretrained("models/SmolLM2-135M-Instruct")
-    shutil.copytree(EXAMPLES.parent / "recipes" / "rl", "recipes/rl")
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, "--use_cpu", "true", *arguments])
-        runpy.run_path(str(EXAMPLES / script))["main"]()
-
-    return run
-
-
-def test_the_example_of_preferences(demo, capsys):
-    demo("dpo.py", "--max_steps", "2", "--score_steps", "1")
-    assert "the right team is the likeliest of six for 0." in capsys.readouterr().out
-    assert load_file("outputs/dpo/adapter_model.safetensors")
-
-
-def test_the_example_of_rewards_says_if_they_teach_nothing(demo):
-    """The tiny model knows no word that is a team's name."""
-    with pytest.raises(RuntimeError, match="rewards never differed"):
-        demo("grpo.py", "--max_steps", "2", "--per_device_train_batch_size", "4", "--num_generations", "2")
-
-
-def test_the_rewards_of_the_example():
-    example = runpy.run_path(str(EXAMPLES / "grpo.py"))
-    answers = ["Billing", "Sales", " Billing ", "Billing!!!!!!!", "Billing or Sales", "I do not know"]
-    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
-    assert example["names_a_team"](completions) == pytest.approx([0.3, 0.3, 0.3, 0.15, 0, 0])
-    assert example["names_the_right_team"](completions, team=["Billing"] * 6) == pytest.approx([1, 0, 1, 0.5, 0, 0])
-
-
-def test_turns_by_the_names_of_sharegpt_are_learnt(tmp_path):
-    """Templates write no turn of the roles "human" and "gpt": the first loss would be that of empty answers."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = (
-        "{% for turn in messages %}{% if turn.role in ('user', 'assistant') %}{{ turn.content }} {% endif %}"
-        "{% endfor %}"
-    )
-
-    def turns(role, text, names):
-        return [{names[0]: role, names[1]: text}]
-
-    def first_batch(roles, names, folder):
-        rows = Dataset.from_list(
-            [
-                {
-                    "prompt": turns(roles[0], row["prompt"].strip(), names),
-                    "chosen": turns(roles[1], row["completion"].strip(), names),
-                    "rejected": turns(roles[1], "w50 w51", names),
-                }
-                for row in make_rows(8)
-            ]
-        )
-        args = BeftDPOConfig(str(folder), **COMMON)
-        trainer = BeftDPOTrainer(make_llama(), args, train_dataset=rows, processing_class=tokenizer)
-        return next(iter(trainer.get_train_dataloader()))["input_ids"]
-
-    expected = first_batch(("user", "assistant"), ("role", "content"), tmp_path / "own")
-    assert expected.shape[1] > 4
-    assert torch.equal(first_batch(("human", "gpt"), ("from", "value"), tmp_path / "sharegpt"), expected)
-    assert torch.equal(first_batch(("human", "gpt"), ("role", "content"), tmp_path / "mixed"), expected)

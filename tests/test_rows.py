@@ -106,7 +106,7 @@ def test_a_cell_that_is_no_text_is_named_with_its_row(kind, streaming):
 
 def test_the_row_of_a_bad_cell_is_found_among_many():
     rows = [{"prompt": "", "completion": "b"}] * 12_345 + [{"prompt": "a", "completion": ""}]
-    with pytest.raises(ValueError, match="Row 12346 of rows: 'completion' is empty"):
+    with pytest.raises(ValueError, match="Row 12346 of rows: 'completion'"):
         check_cells(Dataset.from_list(rows), "rows")
 
 
@@ -114,7 +114,7 @@ def test_a_blank_cell_of_a_stream_stops_the_run_when_it_comes(make_trainer):
     good = {"prompt": "w1", "completion": " w2"}
     rows = IterableDataset.from_generator(lambda: iter([good] * 6 + [good | {"completion": ""}]))
     trainer = make_trainer(make_llama(), rows, bias_term="value")
-    with pytest.raises(ValueError, match="Row 7 of train_dataset: 'completion' is empty"):
+    with pytest.raises(ValueError, match="Row 7 of train_dataset: 'completion'"):
         trainer.train()
     rows = IterableDataset.from_generator(lambda: iter([good] * 64))
     make_trainer(make_llama(), rows, bias_term="value").train()
@@ -251,14 +251,14 @@ def test_columns_that_do_not_fit_each_other_are_refused(make_trainer, kind):
 def test_rows_with_fewer_labels_than_tokens_are_refused(make_trainer, more):
     row = {"input_ids": [3, 4, 5]}
     good = {name: [1] * 3 for name in more}
-    with pytest.raises(ValueError, match="Row 2 of train_dataset has 3 tokens"):
+    with pytest.raises(ValueError, match=r"Row 2 of train_dataset\b.*\b3\b"):
         make_trainer(rows=Dataset.from_list([row | good, row | more]))
 
 
 def test_a_first_token_alone_is_nothing_to_learn_from(make_trainer):
     """The loss of a causal model passes over the first label, which no token precedes."""
     for row in ({"input_ids": [3]}, {"input_ids": [3, 4], "labels": [3, -100]}):
-        with pytest.raises(ValueError, match="None of the 4 rows"):
+        with pytest.raises(ValueError, match=r"\b4 rows.*completion_only_loss"):
             make_trainer(rows=Dataset.from_list([row] * 4))
 
 
@@ -274,20 +274,20 @@ TOKENS = {
 def test_a_token_that_the_model_does_not_have_is_named(make_trainer, kind):
     rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [-100, 4]}, TOKENS[kind]])
     wrong = next(number for column in TOKENS[kind].values() for number in column if not 0 <= number < VOCABULARY)
-    with pytest.raises(ValueError, match=rf"Row 2 of the train dataset has {wrong} in"):
+    with pytest.raises(ValueError, match=rf"Row 2 of the train dataset.*{wrong}"):
         make_trainer(make_llama(), rows)
 
 
 @pytest.mark.parametrize("term", ["auto", "value"])
 def test_labels_that_are_all_masked_are_refused_when_nothing_prepares_them(make_trainer, term):
     rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 8)
-    with pytest.raises(ValueError, match="None of the 8 rows of the train dataset has a token to learn from"):
+    with pytest.raises(ValueError, match="^None.* 8 rows.*completion_only_loss"):
         make_trainer(make_llama(), rows, bias_term=term, dataset_kwargs={"skip_prepare_dataset": True})
 
 
 def test_a_row_beyond_the_table_of_positions_is_refused(make_trainer):
     rows = Dataset.from_list([{"input_ids": [5] * 65}])
-    with pytest.raises(ValueError, match="65 tokens, and the model has 64 positions"):
+    with pytest.raises(ValueError, match=r"\b65\b.*\b64\b.*max_length"):
         make_trainer(make_opt(), rows, max_length=None)
     assert position_limit(make_llama()) is None  # rotary positions have no table
     make_trainer(make_llama(), rows, max_length=None)
@@ -356,6 +356,6 @@ def test_settings_of_packages_that_are_not_installed_are_refused_before_the_run(
 
 
 def test_rows_that_are_fewer_than_a_batch_which_is_dropped_are_refused(make_trainer):
-    with pytest.raises(ValueError, match="2 rows of the train dataset: a batch is 4"):
+    with pytest.raises(ValueError, match=r"dataloader_drop_last=True.*\b2 rows.*\b4\b"):
         make_trainer(rows=make_rows(2), dataloader_drop_last=True)
     make_trainer(rows=make_rows(4), dataloader_drop_last=True)

@@ -199,7 +199,13 @@ def test_scores_survive_their_file(make_trainer, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "bias_term"),
-    [("llama", "auto"), ("llama", "value"), ("llama", "key"), ("llama", "all"), ("bloom", "auto"), ("bloom", "value")],
+    [
+        ("llama", "auto"),
+        ("llama", "all"),
+        ("bloom", "value"),
+        *(pytest.param(*each, marks=pytest.mark.matrix) for each in (("llama", "value"), ("llama", "key"))),
+        pytest.param("bloom", "auto", marks=pytest.mark.matrix),
+    ],
 )
 def test_a_score_after_training_keeps_what_was_trained(make_trainer, tmp_path, kind, bias_term):
     """Of all candidates, with the scores of a pass before training, and what is saved is what was trained."""

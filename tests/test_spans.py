@@ -70,7 +70,7 @@ def test_the_upper_half_learns_what_it_does_next_to_frozen_biases_of_the_lower(m
     for name, values in trainer.model.named_parameters():
         if "beft_bias" in name and int(name.split("layers.")[1].split(".")[0]) < 2:
             values.register_hook(torch.zeros_like)
-    with pytest.raises(RuntimeError, match="2 of 4 bias deltas did not move"):
+    with pytest.raises(RuntimeError, match="^2 of 4 .*learning_rate"):
         trainer.train()
     expected = dict(trainer.model.named_parameters())
     assert len(found) == 2
@@ -138,7 +138,7 @@ def test_a_resume_with_other_layers_is_refused(make_trainer):
 
     make("upper").train()
     make("2-3").train(resume_from_checkpoint=True)  # the same layers by another name
-    with pytest.raises(ValueError, match="2 of 4 tensors differ"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors.*2 of 4 tensors"):
         make("all").train(resume_from_checkpoint=True)
 
 

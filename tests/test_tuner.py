@@ -1,10 +1,8 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import make_llama, make_opt
 from peft import get_peft_model_state_dict
+from processes import python
 
 from beft_trl import find_bias_sites
 from beft_trl.deltas import check_moved, gather_deltas, native_biases, set_deltas
@@ -92,14 +90,14 @@ def test_a_delta_that_stands_still_or_breaks_is_an_error():
     sites = find_bias_sites(make_opt())
     moved = {site: torch.ones(4) for site in sites}
     check_moved(moved)
-    with pytest.raises(RuntimeError, match="1 of 6 bias deltas did not move.*value of layer 0"):
+    with pytest.raises(RuntimeError, match=r"^1 of 6 .*value of layer 0\b.*learning_rate"):
         check_moved({**moved, sites[2]: torch.zeros(4)})
-    with pytest.raises(RuntimeError, match="1 of 6 bias deltas are not finite.*key of layer 1"):
+    with pytest.raises(RuntimeError, match=r"^1 of 6 .*finite.*key of layer 1\b"):
         check_moved({**moved, sites[4]: torch.tensor([0.0, float("nan")])})
 
 
 def test_an_old_peft_says_what_to_install():
     """A PEFT without the tuner, as 0.19 was."""
     without = "import sys, peft; del peft.BeftConfig; sys.modules['peft.tuners.beft'] = None; import beft_trl.tuner"
-    run = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=False)
+    run = python("-c", without)
     assert run.stderr.splitlines()[-1].startswith("ImportError: beft_trl needs PEFT 0.20 or later")

@@ -1,14 +1,11 @@
 """A search for settings: its rows, its trials next to ordinary runs, its choice, and what it leaves."""
 
-import sys
-from pathlib import Path
 from statistics import stdev
 
 import pytest
 import torch
-from conftest import full_batch, make_llama, make_opt, make_rows, make_tokenizer, tensors
+from conftest import class_rows, full_batch, make_llama, make_opt, make_tokenizer, tensors
 from safetensors.torch import load_file
-from test_cli import beft  # noqa: F401, a fixture
 from torch.nn import functional
 from transformers import BitsAndBytesConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -27,7 +24,6 @@ from beft_trl.tuning.study import Record, Soup  # noqa: E402
 from beft_trl.tuning.trials import Bench, Stopped  # noqa: E402
 
 
-BEFT = Path(sys.executable).parent / "beft"
 SETTINGS = {
     "bias_layers": "upper",
     "relative_learning_rate": 0.1,
@@ -41,15 +37,6 @@ SETTINGS = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
-
-
-pytestmark = pytest.mark.usefixtures("fast_collection")
-
-
-def class_rows(count, seed=0):
-    """Rows whose completion is one of three words, by their first."""
-    rows = make_rows(count, seed)
-    return rows.map(lambda row: {"completion": f" w{int(row['prompt'].split()[0][1:]) % 3}"})
 
 
 def four_layers(make=make_llama):
@@ -111,9 +98,9 @@ def test_development_rows_are_of_every_class_and_no_training_rows(folds):
 
 
 def test_what_cannot_be_split_is_refused():
-    with pytest.raises(ValueError, match="folds=1 leaves nothing to judge by"):
+    with pytest.raises(ValueError, match="folds=1"):
         split_rows(["a"] * 9, 1, 0)
-    with pytest.raises(ValueError, match="9 rows are too few for 5 parts.*fewer folds"):
+    with pytest.raises(ValueError, match=r"\b9 rows.*\b5 parts.*folds"):
         split_rows(["a"] * 9, 5, 0)
 
 
@@ -179,7 +166,7 @@ def test_the_default_stays_unless_another_is_ahead_by_more_than_the_spread():
     assert choose(found, [default, noisy, clear], worse, 0).kind == "trial"
     alone = choose(found, [default], None, 0)
     assert alone.kind == "default" and alone.verdict is None
-    with pytest.raises(ValueError, match="default settings is not done"):
+    with pytest.raises(ValueError, match="default"):
         choose(found, [noisy], None, 0)
 
 
