@@ -87,7 +87,7 @@ def axolotl(output, command, *arguments, text=None, launcher=("--launcher", "pyt
         cwd=output,
         env=environment,
         input=text,
-        timeout=400,
+        timeout=1200,  # seconds on a busy machine, and only against a run that hangs
     )
 
 
