@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 try:
     from axolotl.integrations.base import AdapterCapabilities, BasePlugin
     from axolotl.loaders.model import ModelLoader
+    from axolotl.utils import environment
 except ImportError as error:
     raise ImportError(
         f"beft_trl.axolotl needs Axolotl 0.19 or later, which knows adapters of plugins ({error}). Install it with "
@@ -198,6 +199,8 @@ def _join_processes_on_a_cpu(deepspeed: bool) -> None:
     """Makes accelerate's state before Axolotl does, which would know neither gloo nor DeepSpeed."""
     if not _launched_on_a_cpu():
         return
+    # It asks CUDA about the other rank's device, which raises in a build of torch for CUDA on a machine without one.
+    environment.check_cuda_p2p_support = lambda: True
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(cpu=not deepspeed, backend="gloo")

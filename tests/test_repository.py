@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,15 @@ def test_ci_runs_the_commands_of_readme_and_contributing():
     commands = {line.strip() for line in install.splitlines() if line.strip().startswith("pip install")}
     commands |= set(re.findall(r"^(?: *|.*=\w+ )((?:accelerate launch|pytest) .*)", run, re.MULTILINE))
     assert commands == told
+
+
+def test_the_classifiers_are_the_pythons_that_contributing_says_were_tested():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    claimed = re.findall(r"Programming Language :: Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    [tested] = re.findall(
+        r"^The tests have run on (Python .*)$",
+        (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert claimed == re.findall(r"3\.\d+", tested)
+    assert project["requires-python"] == f">={claimed[0]}"
