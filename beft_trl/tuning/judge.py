@@ -1,6 +1,7 @@
 """Whether the winner of a search is ahead of the default by more than chance."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,11 @@ def compare(default: Sequence[Sequence[RowLoss]], winner: Sequence[Sequence[RowL
     if len(default) > 1:
         of_folds = [mean_loss(one) - mean_loss(other) for one, other in zip(default, winner, strict=True)]
         error = max(error, float(np.std(of_folds, ddof=1) / len(of_folds) ** 0.5))
-    drawn = np.random.default_rng(0).standard_t(len(pairs) - 1, DRAWS)
-    factor = float(np.quantile(drawn, 1 - CHANCE / candidates))
+    factor = _student(len(pairs) - 1, CHANCE / candidates)
     return Verdict(difference, error, factor, difference > factor * error)
+
+
+@lru_cache
+def _student(degrees: int, chance: float) -> float:
+    """What Student's t is above with this chance."""
+    return float(np.quantile(np.random.default_rng(0).standard_t(degrees, DRAWS), 1 - chance))

@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from ..evaluation import RowLoss, mean_loss, share_right
 from .judge import all_rows
 from .space import Settings, Space
-from .trials import LOOKS, Bench, Stopped, load_deltas, mean_deltas, save_deltas
+from .trials import Bench, Stopped, load_deltas, mean_deltas, save_deltas
 
 
 try:
@@ -29,6 +29,8 @@ STUDY_FILE = "study.db"
 STUDY_NAME = "beft-tune"
 RANDOM_TRIALS = 4  # before the sampler goes by what it has seen
 HEARTBEAT = 30  # seconds: a process that has been killed leaves a trial that others give up after a few of them
+STOPS_AFTER = 2  # trials that have ended before others are stopped at a look
+STOPPED_BEYOND = 75.0  # percent of those that have ended: what is in their worst quarter at the same look is stopped
 # What a trial fails of, while the search goes on.
 FAILURES: dict[type[Exception], str] = {FloatingPointError: "not finite", torch.OutOfMemoryError: "out of memory"}
 ENDED = ("done", "pruned", *FAILURES.values())
@@ -99,11 +101,11 @@ def open_study(storage: str, about: dict[str, Any], seed: int) -> Any:
         storage=database,
         study_name=STUDY_NAME,
         load_if_exists=True,
-        # Looks are at shares of each trial's own schedule: at the same share two trials have as much of their rate
-        # left, while at the same step one may be at its end and one at its full rate. A high rate and a short trial
-        # look worse at first than they end, so that nothing is stopped before the half. And not by successive
-        # halving: with few trials it keeps only the best so far, at each look.
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=LOOKS // 2),
+        # Looks are at shares of each trial's own schedule. At the same share two trials have as much of their rate
+        # left; at the same step one can be at its end and another at its full rate. A longer trial looks better at a
+        # share, and mostly ends better too. Successive halving would keep, of the first three, only those that are
+        # the best so far, at every look: after a default that is good hardly anything would end.
+        pruner=optuna.pruners.PercentilePruner(STOPPED_BEYOND, n_startup_trials=STOPS_AFTER),
     )
     about = json.loads(json.dumps(about, default=str))
     known = study.user_attrs.get("about")
