@@ -394,7 +394,9 @@ class BeftTrainerMixin:
             # One look for each optimizer step, since it waits for the device: NaN and infinity stay in a sum.
             self._losses = loss.detach() if self._losses is None else self._losses + loss.detach()
             if self.accelerator.sync_gradients:
-                total, self._losses = self._losses.item(), None
+                # Summed over the processes, so that all stop at the same step: one by itself would leave the others
+                # waiting for its gradients.
+                total, self._losses = self.accelerator.reduce(self._losses).item(), None
                 if not math.isfinite(total):
                     last = last_complete_checkpoint(self.args.output_dir)
                     raise FloatingPointError(

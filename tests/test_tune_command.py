@@ -134,17 +134,20 @@ def test_a_search_ends_with_an_adapter_and_its_recipe(beft, project, tmp_path):
     assert (out / "tuning.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_test_file_has_no_part_in_the_choice(project, tmp_path):
+def test_a_search_finds_the_same_twice_and_the_test_file_has_no_part_in_it(project, tmp_path):
+    """Six trials, so that the sampler has chosen some by the losses of those before."""
+    common = ["--bias_term", "value", "--max_steps", "6"]
     class_rows(12, seed=5).to_json(tmp_path / "other.jsonl")
     found = []
     for number, file in enumerate((project / "test.jsonl", tmp_path / "other.jsonl")):
         out = tmp_path / str(number)
-        tune(project / "recipe.yaml", trials=2, output=out, overrides=["--test_file", str(file)])
+        tune(project / "recipe.yaml", trials=6, output=out, overrides=[*common, "--test_file", str(file)])
         found.append(found_in(out))
         for trial in found[-1]["trials"]:
             trial.pop("seconds")
     assert found[0]["trials"] == found[1]["trials"]
     assert found[0]["settings"] == found[1]["settings"] and found[0]["test"] != found[1]["test"]
+    assert found[0]["verdict"] == found[1]["verdict"]
 
 
 def test_a_search_goes_on_where_it_was_interrupted(beft, project, tmp_path):
@@ -188,6 +191,56 @@ def test_a_default_that_a_dead_process_was_at_is_begun_again(project, tmp_path):
     states = [record.state for record in tuned.choice.records]
     assert states[0] == "stopped" and sum(state in ("done", "pruned") for state in states) in (2, 3)
     assert tuned.choice.default.number > 0
+
+
+FAULTS = """
+import sys, torch
+from trl import SFTTrainer
+from beft_trl import tune
+
+compute = SFTTrainer.compute_loss
+
+def faulty(trainer, *given, **kwargs):
+    loss = compute(trainer, *given, **kwargs)
+    term, step, last = trainer.selected_bias_term, trainer.state.global_step, trainer.accelerator.num_processes - 1
+    if term == "key" and step == 3 and trainer.accelerator.process_index == last:
+        return loss * float("nan")
+    if term == "value" and step == 2 and not last:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return loss
+
+SFTTrainer.compute_loss = faulty
+tuned = tune(sys.argv[1], trials=5, output=sys.argv[2], overrides=sys.argv[3:])
+"""
+
+
+def _failed(project, tmp_path, processes, batch):
+    """The trials of a search in which the key bias gives a loss that is not finite, in the last process."""
+    (tmp_path / "faults.py").write_text(FAULTS)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    options = ["--max_steps", "6", "--per_device_train_batch_size", batch]
+    options += ["--ddp_backend", "gloo"] if processes > 1 else []
+    command = [sys.executable, *launch, tmp_path / "faults.py", project / "recipe.yaml", tmp_path / "out", *options]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    trials = found_in(tmp_path / "out")["trials"]
+    assert trials[0]["state"] == "done" and trials[0]["settings"]["term"] == "query"
+    of_key = [trial for trial in trials if trial["settings"]["term"] == "key"]
+    assert of_key and {trial["state"] for trial in of_key} == {"not finite"}
+    assert sum(trial["state"] in ("done", "pruned") for trial in trials) >= 2  # the search went on
+    assert len(trials) == 5  # and tried none of them again
+    return trials
+
+
+def test_a_trial_that_fails_is_named_and_the_search_goes_on(project, tmp_path):
+    trials = _failed(project, tmp_path, 1, "4")
+    of_value = [trial for trial in trials if trial["settings"]["term"] == "value"]
+    assert of_value and {trial["state"] for trial in of_value} == {"out of memory"}
+
+
+@pytest.mark.matrix
+def test_a_loss_that_one_of_two_processes_finds_not_finite_ends_the_trial_in_both(project, tmp_path):
+    _failed(project, tmp_path, 2, "2")
 
 
 def test_folds_stop_what_is_behind_after_some_of_them(project, tmp_path):

@@ -1,6 +1,5 @@
 """`beft tune` from end to end: a search over a recipe's settings, and the winner trained on all rows."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +62,7 @@ def tune(
 ) -> Tuned:
     """Searches term, layers, rate and steps by the loss on rows taken from the training rows, and trains the winner.
 
-    The default settings are the first trial, and stay unless another is ahead by more than the spread. The base is
+    The default settings are the first trial, and stay unless another is ahead by more than chance. The base is
     loaded once. Every process of a DDP run calls it.
 
     Args:
@@ -198,14 +197,14 @@ def _tune(
         search = Search(bench, space, study, folder / TRIALS, progress)
         progress.records = search.records if main else list
         try:
-            search.run(trials, None if minutes is None else time.monotonic() + 60 * minutes)
+            search.run(trials, minutes)
         except KeyboardInterrupt:
             progress.close()
             if main:
-                _tell_interrupted(search.records(), space, result, args.seed, console)
+                _tell_interrupted(search.records(), space, result, console)
             raise
     records = bench.together(search.records() if main else None)
-    choice = choose(space, records, search.soup(records), args.seed)
+    choice = choose(space, records, search.soup(records))
     if main:
         console.print(table_of(choice))
         result.write(choice)
@@ -245,10 +244,10 @@ def _judged_by(splits: Sequence[Fold]) -> str:
     return f"on {len(splits[0].development)} rows that were not trained on, with {len(splits[0].train)} to learn from"
 
 
-def _tell_interrupted(records: list[Record], space: Space, result: _Result, seed: int, console: Console) -> None:
+def _tell_interrupted(records: list[Record], space: Space, result: _Result, console: Console) -> None:
     """What is known so far, in the files too."""
     try:
-        choice = choose(space, records, None, seed)
+        choice = choose(space, records, None)
     except ValueError:
         console.print("No trial is done yet. The same command begins with what is left.")
         return

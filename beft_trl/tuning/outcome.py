@@ -13,7 +13,7 @@ from rich.text import Text
 from ..evaluation import share_right
 from .judge import Verdict, all_rows, compare
 from .space import Settings, Space
-from .study import Record, Soup
+from .study import ENDED, Record, Soup
 
 
 COLUMNS = ("trial", "term", "layers", "rate", "steps", "loss", "accuracy", "seconds", "")
@@ -62,23 +62,25 @@ class Choice:
         name = f"trial {self.best.number}"
         if self.soup is not None and self.soup.loss < (self.best.loss or 0.0):
             name = f"the mean of trials {', '.join(str(record.number) for record in self.soup.members)}"
-        gain, spread = f"{self.verdict.difference:.4f}", f"{self.verdict.spread:.4f}"
+        gain, chance = f"{self.verdict.difference:.4f}", f"{self.verdict.factor * self.verdict.error:.4f}"
         if self.kind == "default":
             return (
                 f"Chosen: the default settings, trial {self.default.number}. The loss of {name} is lower by {gain}, "
-                f"which is not more than the spread of {spread}."
+                f"and by up to {chance} that of the best of so many can be by chance."
             )
-        return f"Chosen: {name}, whose loss is lower than the default's by {gain}, with a spread of {spread}."
+        return (
+            f"Chosen: {name}, whose loss is lower than the default's by {gain}, which is more than the {chance} that "
+            "chance gives the best of so many."
+        )
 
 
-def choose(space: Space, records: Sequence[Record], soup: Soup | None, seed: int) -> Choice:
-    """Keeps the default unless the lowest loss is ahead of it by more than the spread.
+def choose(space: Space, records: Sequence[Record], soup: Soup | None) -> Choice:
+    """Keeps the default unless the lowest loss is ahead of it by more than chance.
 
     Args:
         space (`Space`): of the search.
         records (`Sequence[Record]`): its trials, with the default among those that are done.
         soup (`Soup`, *optional*): another candidate.
-        seed (`int`): of the bootstrap.
 
     Raises:
         ValueError: if the default is not done.
@@ -93,7 +95,9 @@ def choose(space: Space, records: Sequence[Record], soup: Soup | None, seed: int
         kind, rows = "soup", soup.rows
     if kind == "trial" and best is default:
         return Choice("default", list(records), default, best, soup, None)
-    verdict = compare(default.rows or [], rows or [], seed)
+    # Trials that were stopped early were judged by the same rows: they are among those that the best is the best of.
+    others = sum(record.loss is not None and record is not default for record in records) + (soup is not None)
+    verdict = compare(default.rows or [], rows or [], others)
     return Choice(kind if verdict.ahead else "default", list(records), default, best, soup, verdict)
 
 
@@ -142,7 +146,7 @@ def table_of(choice: Choice) -> Table:
     """Every trial, with what was chosen and why."""
     table = empty_table("Trials")
     for row in rows_of_table(choice):
-        table.add_row(*row, style="bold" if "chosen" in row[-1] else "dim" if row[-1] == "pruned" else "")
+        table.add_row(*row, style="bold" if "chosen" in row[-1] else "dim" if row[-1] in ENDED else "")
     table.caption = Text(choice.sentence())
     return table
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .outcome import empty_table, row_of
 from .space import Settings
-from .study import Record
+from .study import ENDED, Record
 
 
 class Progress:
@@ -72,7 +72,7 @@ class Progress:
     def _refresh(self) -> None:
         assert self.console is not None
         ended = [record for record in self.records() if record.state not in ("running", "waiting")]
-        finished = sum(record.state in ("done", "pruned") for record in ended)
+        finished = sum(record.state in ENDED for record in ended)
         self._bar.update(self._all, completed=finished)
         if self._live is not None:
             table = empty_table("Trials so far")

@@ -1,5 +1,6 @@
 """What `beft tune` searches: which term, in which layers, how fast and for how many steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from ..spans import ranges, sites_in
 
 
 RATE_FACTOR = 5.0  # rates from a fifth to five times that of the recipe
-STEP_FACTORS = (0.5, 1.0, 2.0)
+STEP_FACTOR = 2.0  # steps from half to twice those of the recipe
 
 
 class Settings(NamedTuple):
@@ -37,14 +38,14 @@ class Space:
         terms: in the order of their scores.
         layers: values of `bias_layers`, that of the default first.
         rates: the lowest and the highest.
-        steps: in rising order.
+        steps: the fewest and the most.
     """
 
     default: Settings
     terms: tuple[str, ...]
     layers: tuple[str, ...]
     rates: tuple[float, float]
-    steps: tuple[int, ...]
+    steps: tuple[int, int]
 
     def first(self) -> list[Settings]:
         """What is tried before the sampler chooses: the default, and then the other terms in the order of their
@@ -52,17 +53,20 @@ class Space:
         """
         return [self.default, *(self.default._replace(term=term) for term in self.terms if term != self.default.term)]
 
-    def suggest(self, trial: Any) -> Settings:
+    def suggest(self, trial: Any, affordable: float = math.inf) -> Settings:
         """The settings that a study asks a trial to try.
 
         Args:
             trial (`optuna.Trial`): of a study of this space.
+            affordable (`float`, *optional*): steps that there is time for. Those of the default are always tried.
         """
+        fewest, most = self.steps
+        most = max(self.default.steps, int(min(most, affordable)))
         return Settings(
             trial.suggest_categorical("term", self.terms),
             trial.suggest_categorical("layers", self.layers),
             trial.suggest_float("rate", *self.rates, log=True),
-            trial.suggest_categorical("steps", self.steps),
+            trial.suggest_int("steps", fewest, most, log=True),
         )
 
 
@@ -84,6 +88,6 @@ def space_around(default: Settings, ranking: Sequence[str], sites: BiasSites) ->
     for spec in specs:
         if spec:
             spans.setdefault(frozenset(site.layer for site in sites_in(sites, spec)), spec)
-    steps = sorted({max(1, round(default.steps * factor)) for factor in STEP_FACTORS})
     rates = (default.rate / RATE_FACTOR, default.rate * RATE_FACTOR)
-    return Space(default, terms, tuple(spans.values()), rates, tuple(steps))
+    steps = (max(1, round(default.steps / STEP_FACTOR)), round(default.steps * STEP_FACTOR))
+    return Space(default, terms, tuple(spans.values()), rates, steps)

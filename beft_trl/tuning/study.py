@@ -1,13 +1,17 @@
 """The search: Optuna chooses what is tried, prunes, and keeps the study in its database."""
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
 
 from ..evaluation import RowLoss, mean_loss, share_right
 from .judge import all_rows
@@ -25,6 +29,11 @@ STUDY_FILE = "study.db"
 STUDY_NAME = "beft-tune"
 RANDOM_TRIALS = 4  # before the sampler goes by what it has seen
 HEARTBEAT = 30  # seconds: a process that has been killed leaves a trial that others give up after a few of them
+STOPS_AFTER = 2  # trials that have ended before others are stopped at a look
+STOPPED_BEYOND = 75.0  # percent of those that have ended: what is in their worst quarter at the same look is stopped
+# What a trial fails of, while the search goes on.
+FAILURES: dict[type[Exception], str] = {FloatingPointError: "not finite", torch.OutOfMemoryError: "out of memory"}
+ENDED = ("done", "pruned", *FAILURES.values())
 SOUP = 3  # trials whose mean is a candidate, at most
 
 
@@ -39,7 +48,7 @@ class Record:
     Attributes:
         number: in the study.
         settings: that it tried.
-        state: `"done"`, `"pruned"`, `"running"`, or why it has no result.
+        state: `"done"`, `"pruned"`, `"running"`, `"waiting"`, `"stopped"`, or why it failed, one of `FAILURES`.
         loss: on the development rows, at its end or where it was pruned.
         accuracy: share of development rows of which each token is the likeliest.
         seconds: that it took.
@@ -92,7 +101,11 @@ def open_study(storage: str, about: dict[str, Any], seed: int) -> Any:
         storage=database,
         study_name=STUDY_NAME,
         load_if_exists=True,
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+        # Looks are at shares of each trial's own schedule. At the same share two trials have as much of their rate
+        # left; at the same step one can be at its end and another at its full rate. A longer trial looks better at a
+        # share, and mostly ends better too. Successive halving would keep, of the first three, only those that are
+        # the best so far, at every look: after a default that is good hardly anything would end.
+        pruner=optuna.pruners.PercentilePruner(STOPPED_BEYOND, n_startup_trials=STOPS_AFTER),
     )
     about = json.loads(json.dumps(about, default=str))
     known = study.user_attrs.get("about")
@@ -148,28 +161,45 @@ class Search:
     ):
         self.bench, self.space, self.study, self.folder, self.said = bench, space, study, folder, said
 
-    def run(self, trials: int, deadline: float | None) -> None:
+    def run(self, trials: int, minutes: float | None) -> None:
         """Runs trials in every process; the first has the study.
 
         Args:
             trials (`int`): to have in the study, those of other processes and of earlier runs among them.
-            deadline (`float`, *optional*): of `time.monotonic()`, after which no trial but the default goes on.
+            minutes (`float`, *optional*): after which no trial but the default goes on.
         """
         if self.study is None:
             while (settings := self.bench.together(None)) is not None:
-                with suppress(Stopped):
+                try:
                     self.bench.run(settings, self.folder, lambda step, loss: None)
+                except Stopped:
+                    pass
+                except FloatingPointError:  # in every process at once
+                    if settings == self.space.default:
+                        raise
             return
         seed = self.bench.args.seed
+        seconds = math.inf if minutes is None else 60 * minutes
+        deadline = time.monotonic() + seconds
         while self._goes_on(trials, deadline):
             # Another seed for each: a study that goes on, or another process, would draw what was drawn before.
             self.study.sampler = optuna.samplers.TPESampler(
                 n_startup_trials=RANDOM_TRIALS, seed=seed + 7919 * len(self.study.trials)
             )
-            self.study.optimize(lambda trial: self._objective(trial, deadline), n_trials=1, catch=(OutOfTime,))
+            # More steps than the default's would take other trials their time, unless there is enough for all.
+            of_step = self._seconds_of_a_step()
+            affordable = seconds / trials / of_step if of_step else math.inf
+            objective = partial(self._objective, affordable=affordable, deadline=deadline)
+            self.study.optimize(objective, n_trials=1, catch=(OutOfTime,))
         self.bench.together(None)
 
-    def _goes_on(self, trials: int, deadline: float | None) -> bool:
+    def _seconds_of_a_step(self) -> float:
+        """What the default took for each of its steps; 0 if it is not done."""
+        done = (each for each in self.records() if each.settings == self.space.default and each.state == "done")
+        default = next(done, None)
+        return (default.seconds or 0.0) / default.settings.steps if default is not None else 0.0
+
+    def _goes_on(self, trials: int, deadline: float) -> bool:
         """Whether there is another trial to run, with those before the sampler's in the queue.
 
         Nothing ends before the default is done, which the others are compared to. One that another process runs is
@@ -180,14 +210,13 @@ class Search:
                 warnings.simplefilter("ignore")  # "experimental" since Optuna 2.9
                 optuna.storages.fail_stale_trials(self.study)
             records = self.records()
-            over = (deadline is not None and time.monotonic() > deadline) or (
-                sum(record.state in ("done", "pruned") for record in records) >= trials
-            )
+            shortest = self.space.steps[0] * self._seconds_of_a_step()  # what cannot end is not begun
+            over = time.monotonic() + shortest > deadline or sum(each.state in ENDED for each in records) >= trials
             states: dict[Settings, set[str]] = {}
             for record in records:
                 states.setdefault(record.settings, set()).add(record.state)
             for settings in [self.space.default] if over else self.space.first():
-                if not states.get(settings, set()) & {"done", "pruned", "running", "waiting"}:
+                if not states.get(settings, set()) & {*ENDED, "running", "waiting"}:
                     self.study.enqueue_trial(settings._asdict())
             default = states.get(self.space.default, set())
             if not over or "done" in default:
@@ -196,8 +225,9 @@ class Search:
                 return True
             time.sleep(1)
 
-    def _objective(self, trial: Any, deadline: float | None) -> float:
-        settings = self.space.suggest(trial)
+    def _objective(self, trial: Any, affordable: float, deadline: float) -> float:
+        settings = self.space.suggest(trial, affordable)
+        is_default = settings == self.space.default
         started = time.monotonic()
         looks = 0
 
@@ -207,24 +237,29 @@ class Search:
             if loss is not None:
                 looks += 1
                 trial.report(loss, looks)
-                prune = trial.should_prune()  # asked of the default too, whose losses the others are compared to
-                if prune and settings != self.space.default and looks < self.bench.looks:
+                if not is_default and looks < self.bench.looks and trial.should_prune():
                     return optuna.TrialPruned()
-            late = deadline is not None and time.monotonic() > deadline
-            return OutOfTime() if late and settings != self.space.default else None
+            return OutOfTime() if time.monotonic() > deadline and not is_default else None
 
+        failure = None
         try:
             trained = self.bench.run(self.bench.together(settings), self.folder, watch)
         except Stopped as stopped:
             assert stopped.__cause__ is not None
             raise stopped.__cause__ from None
-        except FloatingPointError as error:
-            if settings == self.space.default or self.bench.accelerator.num_processes > 1:
+        except tuple(FAILURES) as error:
+            # Memory runs out in one process: the others are in the middle of a step, and only their end frees them.
+            alone = isinstance(error, torch.OutOfMemoryError) and self.bench.accelerator.num_processes > 1
+            if is_default or alone:
                 raise
-            raise optuna.TrialPruned from error
+            failure = FAILURES[type(error)]
         finally:
             trial.set_user_attr("seconds", time.monotonic() - started)
             self.said(None, 0, None)
+        if failure is not None:
+            clear_device_cache(garbage_collection=True)  # here, where the error holds the trial's tensors no more
+            trial.set_user_attr("failure", failure)
+            raise optuna.TrialPruned
         trial.set_user_attr("rows", [[list(row) for row in fold] for fold in trained.rows])
         save_deltas(trained.deltas, self.deltas_file(trial.number))
         return mean_loss(all_rows(trained.rows))
@@ -270,7 +305,7 @@ def _record(trial: Any) -> Record | None:
     return Record(
         trial.number,
         Settings(**{name: params[name] for name in Settings._fields}),
-        state.get(trial.state, "stopped"),
+        attributes.get("failure", state.get(trial.state, "stopped")),
         trial.value if trial.value is not None else last,
         None if rows is None else share_right(all_rows(rows)),
         attributes.get("seconds"),

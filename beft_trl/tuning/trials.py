@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -191,6 +192,8 @@ class _Judge(TrainerCallback):
             rows = self.bench.losses(self.trainer, self.bench.development[self.fold])
             done = self.trained.rows
             loss = mean_loss([row for each in (*done, rows) for row in each])
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The loss on the development rows is {loss} after step {state.global_step}.")
             if state.global_step == args.max_steps:
                 done.append(rows)
         elif self.bench.accelerator.num_processes > 1:
