@@ -160,7 +160,8 @@ class FrozenLayersCache:
         if any(isinstance(value, (dict, list)) for value in kwargs.values()):
             self._stop(f"the layers of {type(self.frozen.around[-1]).__name__} share a container")
         output = forward(*args, **kwargs)
-        hidden, *others = (output,) if isinstance(output, Tensor) else output
+        given: Sequence[Any] = (output,) if isinstance(output, Tensor) else output
+        hidden, *others = given
         self._others = None if isinstance(output, Tensor) else [None] * len(others)
         self._more += [each for each in others if isinstance(each, Tensor)]
         if last and self._parts is not None:

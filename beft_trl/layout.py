@@ -100,9 +100,9 @@ class BiasSites(list[BiasSite]):
             table.add_row(str(site.layer), site.term, site.module, _slice(site), str(len(site.rows)), bias, state)
         if self.left_out:
             table.caption = f"{self.left_out} layers without query, key and value projections are left out."
-        text = Console(file=io.StringIO(), width=160)
-        text.print(table)
-        return text.file.getvalue()
+        text = io.StringIO()
+        Console(file=text, width=160).print(table)
+        return text.getvalue()
 
 
 def find_bias_sites(model: nn.Module) -> BiasSites:

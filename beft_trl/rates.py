@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from torch import nn
 from torch.optim import Optimizer
@@ -38,3 +39,20 @@ def give_learning_rates(optimizer: Optimizer, rates: Mapping[nn.Parameter, float
             if parameter in rates
         ]
     optimizer.param_groups[:] = groups
+
+
+def logged_learning_rates(scheduled: float, first: float, rates: Mapping[str, float]) -> dict[str, float]:
+    """What is logged of the layers' learning rates, which the schedule scales all alike: the middle one, and the ends.
+
+    Args:
+        scheduled (`float`): what the schedule made of the rate of the optimizer's first group.
+        first (`float`): that rate at the start.
+        rates (`dict[str, float]`): those of all layers at the start.
+    """
+    scale = scheduled / first
+    scaled = [rate * scale for rate in rates.values()]
+    return {
+        "learning_rate": median(scaled),
+        "learning_rate_min": min(scaled),
+        "learning_rate_max": max(scaled),
+    }

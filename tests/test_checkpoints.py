@@ -152,7 +152,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(make_trainer, monk
         seen.append(sorted(path.name for path in Path(checkpoint).parent.glob("checkpoint-*")))
         mark_complete(checkpoint, *args)
 
-    monkeypatch.setattr("beft_trl.mixin.mark_complete", mark)
+    monkeypatch.setattr("beft_trl.saving.mark_complete", mark)
     trainer = make_trainer(
         make_llama(), bias_term="value", save_strategy="steps", save_steps=2, max_steps=6, save_total_limit=1
     )

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .. import report
 from ..importance import SCORES_FILE, BiasScores, recorded_learning_rates
+from ..layout import TERMS
 from ..weight_files import MergeError, first_line, read_adapter, read_json
 
 
-TERMS = ("query", "key", "value")
 REMEDY = "Take another checkpoint, or remove this file: the adapter can be told without it."
 
 
@@ -53,7 +54,7 @@ def adapter_report(folder: Path) -> Iterator[Table | Text]:
     if scores_table is not None:
         yield scores_table
     versions = dict(scores.versions) if scores else {}
-    config = read_json(folder / "adapter_config.json", REMEDY)
+    config = read_json(folder / ADAPTER_CONFIG_NAME, REMEDY)
     versions.setdefault("peft", str(config.get("peft_version", "not recorded")))
     yield Text("Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".")
 

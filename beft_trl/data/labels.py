@@ -13,6 +13,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from ..compat.engines import whole_shape
+
 
 logger = get_logger(__name__)
 
@@ -75,6 +77,15 @@ def check_tokens(
         offset += len(batch)
     if not learnt:
         raise ValueError(f"None of the {len(dataset)} rows of the {name} dataset has a token to learn from: {MASKED}")
+
+
+def check_tokens_of(trainer: Any) -> None:
+    """Refuses rows of a trainer, to train on and held out, with [`check_tokens`]."""
+    vocabulary = whole_shape(trainer.model.get_input_embeddings().weight)[0]
+    positions = position_limit(trainer.model.get_base_model())
+    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    for name, rows in {"train": trainer.train_dataset, **held_out}.items():
+        check_tokens(rows, name, vocabulary, positions, getattr(trainer.args, "max_length", None))
 
 
 def _longest(batch: Any, columns: list[str], max_length: int | None) -> int:

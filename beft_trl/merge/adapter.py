@@ -2,7 +2,6 @@
 
 import copy
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..weight_files import (
     AdapterContent,
     MergeError,
     first_line,
+    let_others_read,
     read_adapter,
     read_json,
 )
@@ -213,7 +213,7 @@ def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partia
     merged.load_state_dict(content.saved_whole, strict=False)
     merged.save_pretrained(partial)
     for file in partial.glob("*.safetensors"):
-        shutil.copymode(partial / CONFIG_NAME, file)  # safetensors (0.8) lets only the owner read them
+        let_others_read(file, like=partial / CONFIG_NAME)
     report.rule = "The deltas are added to the model's own biases, and the head that was trained is put in."
     report.added = sorted(loading["missing_keys"])
     moved = {name for name, values in content.saved_whole.items() if not torch.equal(values, before[name])}
