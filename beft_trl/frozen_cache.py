@@ -160,8 +160,7 @@ class FrozenLayersCache:
         if any(isinstance(value, (dict, list)) for value in kwargs.values()):
             self._stop(f"the layers of {type(self.frozen.around[-1]).__name__} share a container")
         output = forward(*args, **kwargs)
-        given: Sequence[Any] = (output,) if isinstance(output, Tensor) else output
-        hidden, *others = given
+        hidden, *others = (output,) if isinstance(output, Tensor) else output
         self._others = None if isinstance(output, Tensor) else [None] * len(others)
         self._more += [each for each in others if isinstance(each, Tensor)]
         if last and self._parts is not None:
@@ -170,7 +169,7 @@ class FrozenLayersCache:
 
     def _assembled(self, like: Tensor) -> Tensor:
         """The kept states of a batch, on the device and in the form of what its layers are given."""
-        parts = self._parts or ()
+        parts: Sequence[_Part] = self._parts or ()
         self.batches["skipped"] += 1
         first = self._kept[parts[0].key].states
         states = torch.zeros(*like.shape[:2], first.shape[-1], dtype=first.dtype, device=like.device)

@@ -42,7 +42,7 @@ from .saving import (
     whole_or_nothing,
     write_description,
 )
-from .selection import scores_of, scoring_pass, select, trained_term
+from .selection import choose, scores_of, scoring_pass, trained_term
 from .spans import end_backward_below, ranges, sites_in
 from .tuner import (
     ADAPTER_NAME,
@@ -206,7 +206,7 @@ class BeftTrainerMixin(Trainer):
         elif self.bias_scores is None:
             warn_of_other_runs(self.args.output_dir, self._run)
             term = trained_term(self._deltas, self.args.bias_term) or self.args.bias_term
-            self._select(*select(self, self._deltas, self.bias_sites, term, super().train))
+            self._select(*choose(self, self._deltas, self.bias_sites, term, super().train))
         if self.model_wrapped is self.model:
             # An evaluation before the run marks the model as prepared, and DDP would be left out.
             forget_preparation(self.model, self.accelerator)

@@ -15,7 +15,7 @@ from .scoring import ScoringResult, measure_sizes, score_biases, score_steps, sc
 from .tuner import Deltas
 
 
-def select(
+def choose(
     trainer: Any, deltas: Deltas, sites: BiasSites, term: str, run: Callable[[], Any]
 ) -> tuple[BiasScores, dict[str, float]]:
     """Selects `term`, or the best one for `"auto"`, and measures the learning rates if they are relative.

@@ -20,11 +20,9 @@ from ..engines import slow_16_bits
 from ..evaluation import OTHER, Evaluation, choices_of, completions_of, evaluate
 from ..tuner import load_adapter
 from ..weight_files import load_tokenizer, read_adapter, read_json
+from .bases import is_path
 from .data_files import read_file
 from .recipe import DTYPES, as_prompts
-
-
-MORE_THAN_A_NAME = ("/", ".", "~")  # how paths begin
 
 
 class Target(NamedTuple):
@@ -129,7 +127,7 @@ def _refuse_no_model(name: str, before: str = "", remedy: str = "") -> None:
                 f"{before}{name} has no {CONFIG_NAME} and no {ADAPTER_CONFIG_NAME}: it is neither a model nor an "
                 f"adapter. {remedy}".strip()
             )
-    elif not name or name.startswith(MORE_THAN_A_NAME) or name.count("/") > 1 or os.path.exists(name):
+    elif is_path(name):
         raise FileNotFoundError(f"{before}{name!r} is no folder. {remedy}".strip())
 
 

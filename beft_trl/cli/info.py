@@ -1,7 +1,6 @@
 """What an adapter's folder holds, for `beft info`."""
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .. import report
 from ..importance import SCORES_FILE, BiasScores, recorded_learning_rates
-from ..layout import TERMS
+from ..layout import TERMS, layer_index
 from ..weight_files import MergeError, first_line, read_adapter, read_json
 
 
@@ -33,11 +32,11 @@ def adapter_report(folder: Path) -> Iterator[Table | Text]:
     scores, scores_table = _read_scores(folder / SCORES_FILE, trained)
     # Text, not str: names and paths may look like markup.
     table = Table("layer", "module", "size", "norm", "largest", title=Text(f"Deltas of {folder}"))
-    for path in sorted(deltas, key=_by_layer):
+    for layer, path in sorted((layer_index(path, default=0), path) for path in deltas):
         delta = deltas[path]
         # Of a fused matrix, the terms that are not trained are zero.
         table.add_row(
-            str(_by_layer(path)[0]), Text(path), f"{int(delta.count_nonzero()):,}", f"{delta.norm():.3e}",
+            str(layer), Text(path), f"{int(delta.count_nonzero()):,}", f"{delta.norm():.3e}",
             f"{delta.abs().max():.3e}",
         )  # fmt: skip
     yield table
@@ -75,8 +74,3 @@ def _read_scores(file: Path, trained: int) -> tuple[BiasScores | None, Table | N
         return scores, report.scores_table(scores, trained, None, recorded_learning_rates(file))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise MergeError(f"{file} is damaged: its scores make no table ({first_line(error)}). {REMEDY}") from error
-
-
-def _by_layer(path: str) -> tuple[int, str]:
-    index = re.search(r"\.(\d+)\.", path)
-    return (int(index[1]) if index else 0), path

@@ -192,7 +192,7 @@ def _tune(
     space = space_around(default, ranking, bench.sites)
     folder.mkdir(parents=True, exist_ok=True)
     url = storage or f"sqlite:///{folder / STUDY_FILE}"
-    study = open_study(url, {**about, "space": space, "folds": folds}, args.seed) if main else None
+    study = open_study(url, {**about, "space": space, "folds": folds}) if main else None
     console = Console(highlight=False)
     result = _Result(folder, values, _judged_by(splits), args.relative_learning_rate is not None)
     with Progress(console if main else None, trials, minutes) as progress:

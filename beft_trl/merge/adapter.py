@@ -3,7 +3,6 @@
 import copy
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
@@ -121,7 +120,8 @@ def merge_adapter(
     report.rule = plan.rule
     with whole_or_nothing(output) as partial:
         copy_files(files, partial)
-        _check_tokenizer(partial, plan.config, _embedding_rows(skeleton, checkpoint), adapter)
+        checkpoint.check_embedding()
+        _check_tokenizer(partial, plan.config, len(skeleton.get_input_embeddings().weight), adapter)
         loaded_in = config.dtype if isinstance(config.dtype, torch.dtype) else None
         written = checkpoint.copy_with(plan.add, create, partial, link, loaded_in)
         report.changed, report.added, report.base_hashes, dtypes = written
@@ -130,15 +130,6 @@ def merge_adapter(
         write_card(partial, adapter, base_folder, report)
         write_config(plan.config, base_folder, partial)
     return report
-
-
-def _embedding_rows(skeleton: Any, checkpoint: CheckpointFiles) -> int:
-    """Rows of the base's embedding: those of its configuration, which its files must have, too."""
-    embedding = skeleton.get_input_embeddings()
-    path = next(path for path, module in skeleton.named_modules() if module is embedding)
-    if checkpoint.has(path, "weight"):
-        checkpoint.entry(path, "weight")
-    return len(embedding.weight)
 
 
 def _check_tokenizer(partial: Path, config: PreTrainedConfig, rows: int, adapter: Path) -> None:
