@@ -1,7 +1,6 @@
 """What a model knows of held-out rows: its loss, the answers that it writes, and the answers that it prefers."""
 
 import inspect
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .data.labels import IGNORED
+from .data.rows import template_options
 
 
 BATCH_SIZE = 16
@@ -178,7 +178,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[s
         text = prompt + completion + ("" if completion.endswith(end) else end)
         tokens, apart = encode_text(tokenizer, prompt, text)
     else:
-        render: Any = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True, **_template_options(row))
+        render: Any = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True, **template_options(row))
         seen = render(prompt, add_generation_prompt=True)["input_ids"]
         tokens = render(prompt + completion)["input_ids"]
         apart = _shared(seen, tokens)
@@ -194,12 +194,6 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> t
 def _shared(prompt: Sequence[int], tokens: Sequence[int]) -> int:
     """Where the two part, which is before the end of the prompt if letters of prompt and completion make one token."""
     return next((at for at, pair in enumerate(zip(prompt, tokens, strict=False)) if pair[0] != pair[1]), len(prompt))
-
-
-def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
 
 
 @torch.no_grad()
@@ -306,7 +300,7 @@ def write(
         row["prompt"]
         if isinstance(row["prompt"], str)
         else tokenizer.apply_chat_template(
-            row["prompt"], tokenize=False, add_generation_prompt=True, **_template_options(row)
+            row["prompt"], tokenize=False, add_generation_prompt=True, **template_options(row)
         )
         for row in rows
     ]

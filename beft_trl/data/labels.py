@@ -83,9 +83,14 @@ def check_tokens_of(trainer: Any) -> None:
     """Refuses rows of a trainer, to train on and held out, with [`check_tokens`]."""
     vocabulary = whole_shape(trainer.model.get_input_embeddings().weight)[0]
     positions = position_limit(trainer.model.get_base_model())
-    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-    for name, rows in {"train": trainer.train_dataset, **held_out}.items():
+    for name, rows in datasets_of(trainer):
         check_tokens(rows, name, vocabulary, positions, getattr(trainer.args, "max_length", None))
+
+
+def datasets_of(trainer: Any) -> list[tuple[str, Any]]:
+    """The datasets of a trainer that there are, to train on and held out, with their names."""
+    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    return [(name, rows) for name, rows in (("train", trainer.train_dataset), *held_out.items()) if rows is not None]
 
 
 def _longest(batch: Any, columns: list[str], max_length: int | None) -> int:
