@@ -241,8 +241,7 @@ def check_settings(args: TrainingArguments, given: tuple[Any, dict] | None = Non
 def give_enough_steps(trainer: Any) -> None:
     """Takes as many epochs as a bias needs, if the settings ask for no length, and warns of one that is too short.
 
-    Args:
-        trainer (`Trainer`): with its rows prepared. `args.num_train_epochs` is set.
+    The rows of `trainer` are prepared; its `args.num_train_epochs` is set.
     """
     args = trainer.args
     if not hasattr(trainer.train_dataset, "__len__"):

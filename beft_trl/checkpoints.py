@@ -184,13 +184,7 @@ def warn_of_other_runs(output_dir: str | Path, run: dict[str, Any]) -> None:
 
 
 def refuse_broken_loss(loss: float, step: int, output_dir: str | Path) -> None:
-    """Raises FloatingPointError for a loss that is NaN or infinite, with the last complete checkpoint.
-
-    Args:
-        loss (`float`): sum over the batches of an optimizer step, in which NaN and infinity stay.
-        step (`int`): number of that step.
-        output_dir (`str` or `Path`): of the run.
-    """
+    """Raises FloatingPointError for the loss of a step that is NaN or infinite, with the last complete checkpoint."""
     if not math.isfinite(loss):
         last = last_complete_checkpoint(output_dir)
         raise FloatingPointError(

@@ -178,11 +178,7 @@ SETTINGS = {each.name: each for each in fields(BeftConfigMixin) if each.name != 
 
 
 def enough_steps(rows: int) -> int:
-    """The optimizer steps of a run whose length is not given: a bias underfits in fewer, whatever the rows.
-
-    Args:
-        rows (`int`): to learn from.
-    """
+    """The optimizer steps of a run on `rows` whose length is not given: a bias underfits in fewer, whatever the rows."""
     return max(ENOUGH_STEPS, rows)
 
 

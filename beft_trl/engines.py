@@ -83,14 +83,7 @@ def slow_16_bits(device: torch.device) -> bool:
 
 
 def refuse_separate_processes(together: int) -> None:
-    """Refuses processes that a launcher started and that do not form one run.
-
-    Args:
-        together: number of the processes that train together.
-
-    Raises:
-        RuntimeError: with the two numbers.
-    """
+    """Raises RuntimeError if a launcher started more processes than those that train together."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != together:
         raise RuntimeError(

@@ -42,17 +42,9 @@ def give_learning_rates(optimizer: Optimizer, rates: Mapping[nn.Parameter, float
 
 
 def logged_learning_rates(scheduled: float, first: float, rates: Mapping[str, float]) -> dict[str, float]:
-    """What is logged of the layers' learning rates, which the schedule scales all alike: the middle one, and the ends.
-
-    Args:
-        scheduled (`float`): what the schedule made of the rate of the optimizer's first group.
-        first (`float`): that rate at the start.
-        rates (`dict[str, float]`): those of all layers at the start.
+    """What is logged of the layers' `rates`, the middle one and the ends. The schedule scales all alike: it made
+    `scheduled` of the rate of the optimizer's first group, which was `first`.
     """
     scale = scheduled / first
     scaled = [rate * scale for rate in rates.values()]
-    return {
-        "learning_rate": median(scaled),
-        "learning_rate_min": min(scaled),
-        "learning_rate_max": max(scaled),
-    }
+    return {"learning_rate": median(scaled), "learning_rate_min": min(scaled), "learning_rate_max": max(scaled)}

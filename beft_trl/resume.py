@@ -38,13 +38,13 @@ def find_checkpoint(
     """The checkpoint that a run goes on from, or `None` for one that starts, after all that speaks against it.
 
     Args:
-        asked (`str` or `bool`, *optional*): `resume_from_checkpoint`.
-        args (`TrainingArguments`): with the settings of [`BeftConfigMixin`].
-        deltas (`Deltas`): of the run's model.
-        run (`dict`): what identifies the run, see [`identity.identify_run`].
-        engine (`str`): name of the run's engine, see `engines.ENGINES`.
-        processes (`int`): number of the run's processes.
-        trained (`str`, *optional*): the term that the trainer has trained already.
+        asked: `resume_from_checkpoint`.
+        args: with the settings of [`BeftConfigMixin`].
+        deltas: of the run's model.
+        run: what identifies the run, see [`identity.identify_run`].
+        engine: its name in `engines.ENGINES`.
+        processes: number of the run's processes.
+        trained: the term that the trainer has trained already.
 
     Raises:
         ValueError: for an output folder or a checkpoint of a different run, or another user's ZeRO checkpoint.

@@ -63,12 +63,7 @@ def whole_or_nothing(folder: Path, pictures: Iterable[str] = ()) -> Iterator[Pat
 def complete_or_none(trainer: Any, checkpoint: Path, run: dict[str, Any]) -> Iterator[None]:
     """Inside, a trainer writes a checkpoint; after it, that is complete or gone, and only then old ones are deleted.
 
-    Every process enters it.
-
-    Args:
-        trainer (`Trainer`): whose `save_total_limit` is lifted meanwhile: it would delete old ones before.
-        checkpoint (`Path`): its folder.
-        run (`dict`): what identifies the run, see [`identity.identify_run`].
+    Every process enters it. `run` identifies the run, see [`identity.identify_run`].
 
     Raises:
         OSError: for a checkpoint that could not be written, with the reason and the last one that is complete.
@@ -77,25 +72,14 @@ def complete_or_none(trainer: Any, checkpoint: Path, run: dict[str, Any]) -> Ite
     if args.should_save:
         remove(checkpoint)  # what a run that was killed here left of it
     trainer.accelerator.wait_for_everyone()
+    # The Trainer would delete old checkpoints before this one is known to be complete.
     limit, args.save_total_limit = args.save_total_limit, None
     try:
-        with _removed_if_broken(checkpoint):
-            with deltas_as_state_dict(trainer.model):
-                yield
-            trainer.accelerator.wait_for_everyone()
-            if args.should_save:
-                mark_complete(checkpoint, engine_of(args), args.world_size, run)
-    finally:
-        args.save_total_limit = limit
-    if args.should_save:
-        rotate_checkpoints(str(checkpoint.parent), limit, trainer.state.best_model_checkpoint, use_mtime=True)
-    trainer.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _removed_if_broken(checkpoint: Path) -> Iterator[None]:
-    try:
-        yield
+        with deltas_as_state_dict(trainer.model):
+            yield
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            mark_complete(checkpoint, engine_of(args), args.world_size, run)
     except (OSError, RuntimeError, SafetensorError) as error:
         remove(checkpoint)
         last = last_complete_checkpoint(checkpoint.parent)
@@ -103,6 +87,11 @@ def _removed_if_broken(checkpoint: Path) -> Iterator[None]:
             f"{checkpoint} could not be written ({error}) and was removed. "
             + (f"{last} is complete: free some space and resume from it." if last else "Free some space.")
         ) from error
+    finally:
+        args.save_total_limit = limit
+    if args.should_save:
+        rotate_checkpoints(str(checkpoint.parent), limit, trainer.state.best_model_checkpoint, use_mtime=True)
+    trainer.accelerator.wait_for_everyone()
 
 
 def refuse_broken_deltas(state_dict: Mapping[str, Tensor], step: int) -> None:

@@ -20,12 +20,7 @@ def choose(
 ) -> tuple[BiasScores, dict[str, float]]:
     """Selects `term`, or the best one for `"auto"`, and measures the learning rates if they are relative.
 
-    Args:
-        trainer (`Trainer`): with the settings of [`BeftConfigMixin`] in its `args`.
-        deltas (`Deltas`): of the trainer's model.
-        sites (`BiasSites`): all sites of the model's layers that may be trained.
-        term (`str`): `"query"`, `"key"`, `"value"`, `"all"` or `"auto"`.
-        run (`Callable`): the trainer's own training loop.
+    The arguments are those of [`scoring.score_biases`].
 
     Returns:
         The scores with what they select, and the learning rates by the path of their module.
@@ -84,12 +79,8 @@ def scores_of(trainer: Any, sites: BiasSites, result: ScoringResult | None, term
 def trained_term(deltas: Deltas, asked: str) -> str | None:
     """The term of an adapter that the model came with and that has been trained before.
 
-    Args:
-        deltas (`Deltas`): of the model.
-        asked (`str`): `bias_term`.
-
     Raises:
-        ValueError: if it is not what is asked for.
+        ValueError: if it is not what `bias_term` asks for.
     """
     values = gather_deltas(deltas.model, deltas.sites)
     terms = [term for term in TERMS if any(moved.any() for site, moved in values.items() if site.term == term)]

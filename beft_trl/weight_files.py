@@ -166,12 +166,7 @@ def read_adapter(folder: Path) -> AdapterContent:
 
 
 def load_tokenizer(base: str | Path, adapter: str | Path | None = None, **options: Any) -> Any:
-    """The tokenizer in the folder of an adapter, or else that of its base.
-
-    Args:
-        base (`str` or `Path`): folder of the base model, or its name on the hub.
-        adapter (`str` or `Path`, *optional*): folder of the adapter.
-        options: of `AutoTokenizer.from_pretrained`.
+    """The tokenizer in the folder of an adapter, or else that of its base; `options` are those of `from_pretrained`.
 
     Raises:
         OSError, ValueError: if it is not there, or damaged.

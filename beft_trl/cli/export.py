@@ -14,12 +14,8 @@ from .data_files import read_file
 
 
 def read_texts(file: Path, adapter: Path, base: str | None) -> list[tuple[str, str]]:
-    """The rows of a file as prompts and answers, in the words that the model is given.
-
-    Args:
-        file (`Path`): JSON, JSONL, CSV or Parquet, with prompt and completion, with messages, or with text.
-        adapter (`Path`): its folder, whose tokenizer has the chat template, or names the base.
-        base (`str`, *optional*): the base, if the adapter names none.
+    """The rows of a file as prompts and answers, in the words that the model is given: rows with prompt and completion,
+    with messages, or with text, by the chat template of the adapter's tokenizer, or of its base's.
 
     Raises:
         ValueError: for rows of another format.

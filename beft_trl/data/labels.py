@@ -163,14 +163,7 @@ def _learnt(row: dict[str, Any]) -> bool:
 
 
 def refuse_too_few_rows(trainer: Any) -> None:
-    """Refuses rows that `dataloader_drop_last` would leave out, all of them.
-
-    Args:
-        trainer (`Trainer`): with its rows prepared.
-
-    Raises:
-        ValueError: with the number of rows, and that of a batch.
-    """
+    """Raises ValueError for prepared rows of a trainer that `dataloader_drop_last` would leave out, all of them."""
     args, rows = trainer.args, trainer.train_dataset
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < batch:

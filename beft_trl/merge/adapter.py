@@ -9,15 +9,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..layout import find_bias_sites
-from ..weight_files import (
-    AGAIN,
-    AdapterContent,
-    MergeError,
-    first_line,
-    let_others_read,
-    read_adapter,
-    read_json,
-)
+from ..weight_files import AGAIN, AdapterContent, MergeError, first_line, let_others_read, read_adapter, read_json
 from .base import check_fit, find_base, load_model, read_config, refuse_other_shapes, skeleton_in
 from .checkpoint_files import CheckpointFiles, xxh3
 from .output import (
@@ -133,13 +125,9 @@ def merge_adapter(
 
 
 def _check_tokenizer(partial: Path, config: PreTrainedConfig, rows: int, adapter: Path) -> None:
-    """Refuses a tokenizer with tokens that the merged model has no embedding for, and one that does not load.
+    """Refuses a tokenizer with tokens beyond the `rows` of the merged model's embedding, and one that does not load.
 
-    Args:
-        partial (`Path`): the merged model's folder, with its tokenizer's files and no weights.
-        config (`PreTrainedConfig`): of the merged model.
-        rows (`int`): of its embedding.
-        adapter (`Path`): the adapter's folder, whose tokenizer came over the base's.
+    It is in `partial`, the merged model's folder, and came from `adapter` or, if that has none, from the base.
     """
     if not any(path for pattern in TOKENIZER_FILES for path in partial.glob(pattern)):
         return
