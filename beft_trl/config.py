@@ -178,7 +178,7 @@ SETTINGS = {each.name: each for each in fields(BeftConfigMixin) if each.name != 
 
 
 def enough_steps(rows: int) -> int:
-    """The optimizer steps of a run on `rows` whose length is not given: a bias underfits in fewer, whatever the rows."""
+    """The optimizer steps of a run on `rows` whose length is not given. A bias underfits in fewer steps."""
     return max(ENOUGH_STEPS, rows)
 
 

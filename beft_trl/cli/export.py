@@ -14,8 +14,9 @@ from .data_files import read_file
 
 
 def read_texts(file: Path, adapter: Path, base: str | None) -> list[tuple[str, str]]:
-    """The rows of a file as prompts and answers, in the words that the model is given: rows with prompt and completion,
-    with messages, or with text, by the chat template of the adapter's tokenizer, or of its base's.
+    """The rows of a file as prompts and answers, in the words that the model is given.
+
+    They have prompt and completion, messages, or text. The chat template is that of the adapter, or else of its base.
 
     Raises:
         ValueError: for rows of another format.
