@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from accelerate.logging import get_logger
 from huggingface_hub import get_token, is_offline_mode
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from .aside import run_steps
@@ -29,12 +30,12 @@ NEED_THE_MODEL = ("galore", "lomo", "adalomo", "apollo", "muon")  # optimizers t
 STEPS = 1000  # of a run for which a schedule is tried
 
 
-def arguments_by_name(init: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def arguments_by_name(init: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a trainer by the names that its own `__init__` gives them.
 
     Args:
         init (`Callable`): the trainer's bound `__init__`.
-        args (`tuple`): arguments by position. `(model, args)` is taken from every trainer, whatever comes second.
+        args (`Sequence`): arguments by position. `(model, args)` is taken from every trainer, whatever comes second.
         kwargs (`dict`): arguments by name.
 
     Raises:
@@ -214,13 +215,14 @@ def check_settings(args: TrainingArguments, given: tuple[Any, dict] | None = Non
             if isinstance(made, type) and issubclass(made, torch.optim.Optimizer):
                 made([number], **settings)
     except (TypeError, ValueError, AssertionError, KeyError) as error:
-        if not args.optim.startswith(NEED_THE_MODEL):
+        optim = OptimizerNames(args.optim).value
+        if not optim.startswith(NEED_THE_MODEL):
             raise ValueError(
-                f"optim={args.optim.value!r} cannot be made with learning_rate={args.learning_rate}, "
+                f"optim={optim!r} cannot be made with learning_rate={args.learning_rate}, "
                 f"adam_beta1={args.adam_beta1}, adam_beta2={args.adam_beta2}, adam_epsilon={args.adam_epsilon} and "
                 f"optim_args={args.optim_args!r}: {error}."
             ) from error
-    name = args.lr_scheduler_type.value
+    name = SchedulerType(args.lr_scheduler_type).value
     try:
         optimizer = torch.optim.SGD([number], lr=args.learning_rate)
         warmup = args.get_warmup_steps(STEPS)
@@ -239,8 +241,7 @@ def check_settings(args: TrainingArguments, given: tuple[Any, dict] | None = Non
 def give_enough_steps(trainer: Any) -> None:
     """Takes as many epochs as a bias needs, if the settings ask for no length, and warns of one that is too short.
 
-    Args:
-        trainer (`Trainer`): with its rows prepared. `args.num_train_epochs` is set.
+    The rows of `trainer` are prepared; its `args.num_train_epochs` is set.
     """
     args = trainer.args
     if not hasattr(trainer.train_dataset, "__len__"):
@@ -270,7 +271,7 @@ def refuse_push(args: TrainingArguments) -> None:
         raise ValueError("push_to_hub=True, and there is no token for the hub: hf auth login, or give hub_token.")
 
 
-def refuse_absent_anchor(args: TrainingArguments, sites: BiasSites) -> None:
+def refuse_absent_anchor(args: Any, sites: BiasSites) -> None:
     """Refuses the model's own biases as anchor of the scores if it has none, before a scoring pass looks for them.
 
     Raises:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import zipfile
@@ -12,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from .identity import FIXED, differences
-from .importance import SCORES_FILE, BiasScores, recorded_learning_rates
+from .identity import differences
+from .importance import SCORES_FILE, BiasScores
 
 
 # Not accelerate's logger, which wants a running accelerator: checkpoints are also looked at without one.
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "beft_checkpoint.json"
 LOCK_FILE = "_beft.lock"  # the Trainer uploads no file whose name begins with an underscore
-STATE_FILE, ADAPTER_CONFIG = "trainer_state.json", "adapter_config.json"
+STATE_FILE = "trainer_state.json"
 
 
 def check_writable(output_dir: str | Path) -> None:
@@ -90,7 +89,7 @@ def mark_complete(checkpoint: str | Path, engine: str, processes: int, run: dict
     partial.rename(folder / MANIFEST_FILE)
 
 
-def _manifest(checkpoint: str | Path) -> dict[str, Any]:
+def manifest_of(checkpoint: str | Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
@@ -114,7 +113,7 @@ def damage(checkpoint: str | Path) -> str | None:
     """Why a checkpoint is not complete, or `None` if it is."""
     folder = Path(checkpoint)
     try:
-        files = _manifest(folder)["files"]
+        files = manifest_of(folder)["files"]
     except ValueError as error:
         return str(error)
     for path in folder.glob("*.pt*"):
@@ -149,51 +148,6 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def checkpoint_to_resume(output_dir: str | Path, asked: str | bool | None) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` asks for, `True` being the newest complete one.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    word = str(asked or False).lower()  # a recipe gives "true" and "false" as text
-    if word == "false":
-        return None
-    if word != "true":
-        return str(asked)
-    last = last_complete_checkpoint(output_dir)
-    if last is None:
-        raise ValueError(
-            f"resume_from_checkpoint=True, but {output_dir} holds no complete checkpoint. Give the path of one, or "
-            "start anew without it."
-        )
-    return last
-
-
-def recorded_selection(
-    checkpoint: str | Path, bias_term: str, relative_learning_rate: float | None
-) -> tuple[BiasScores, dict[str, float]]:
-    """The scores of a checkpoint, and with them the selection, and the learning rates.
-
-    Raises:
-        ValueError: if it trains another term than `bias_term`, or one of the two runs has relative learning rates
-            and the other has none.
-    """
-    file = Path(checkpoint) / SCORES_FILE
-    scores, rates = BiasScores.from_json(file), recorded_learning_rates(file)
-    if bias_term not in ("auto", scores.selected):
-        raise ValueError(
-            f"{checkpoint} trains the {scores.selected} bias, and this run asks for bias_term={bias_term!r}. Resume "
-            "with bias_term='auto' or the recorded one, or start anew in another output_dir."
-        )
-    if bool(rates) != (relative_learning_rate is not None):
-        raise ValueError(
-            f"{checkpoint} was trained {'with' if rates else 'without'} relative_learning_rate, and this run asks for "
-            f"relative_learning_rate={relative_learning_rate}. Resume as it was written, or start anew in another "
-            "output_dir."
-        )
-    return scores, rates
-
-
 def refuse_foreign_output(output_dir: str | Path, base_model: str, bias_term: str) -> None:
     """Raises ValueError if the folder, or the newest checkpoint in it, is of another base model or term."""
     folder = Path(output_dir)
@@ -215,63 +169,13 @@ def refuse_foreign_output(output_dir: str | Path, base_model: str, bias_term: st
         )
 
 
-def refuse_other_run(
-    checkpoint: str | Path, engine: str, processes: int, run: dict[str, Any], allow_changes: bool = False
-) -> None:
-    """Refuses to resume what another run wrote.
-
-    Args:
-        checkpoint (`str` or `Path`): folder of the checkpoint.
-        engine (`str`): name of this run's engine.
-        processes (`int`): number of this run's processes.
-        run (`dict`): what identifies this run, see [`identity.identify_run`].
-        allow_changes (`bool`, *optional*, defaults to `False`): take what may differ, such as the number of steps.
-
-    Raises:
-        ValueError: if the checkpoint is damaged, laid out for another engine, or of another run: what differs.
-    """
-    reason = damage(checkpoint)
-    if reason is not None:
-        raise ValueError(
-            f"{checkpoint} cannot be resumed: {reason}. Use resume_from_checkpoint=True for the newest complete one."
-        )
-    manifest = _manifest(checkpoint)
-    written = (manifest["engine"], manifest["processes"])
-    if written != (engine, processes):
-        raise ValueError(
-            f"{checkpoint} was written by {written[0]} on {written[1]} process(es), and this run is {engine} on "
-            f"{processes}: optimizer states and batches are split otherwise. Resume as it was written, or start anew "
-            "in another output_dir."
-        )
-    if "run" not in manifest:
-        if allow_changes:
-            return
-        raise ValueError(
-            f"{checkpoint} does not say which base, data and settings it was trained with: it was written by a "
-            "version before 0.2. Set allow_changed_resume=True if they are those of this run."
-        )
-    changed = differences(manifest["run"], run)
-    fixed = [name for name in changed if name in FIXED]
-    if not changed or (allow_changes and not fixed):
-        return
-    told = "; ".join(f"{name}={_short(there)} there, {_short(here)} here" for name, (there, here) in changed.items())
-    if fixed:
-        remedy = "Biases trained on another base mean nothing on this one: give that base, or another output_dir."
-    else:
-        remedy = "Resume with its settings, start anew in another output_dir, or set allow_changed_resume=True."
-    of_this_run = _newest_of(Path(checkpoint).parent, engine, processes, run)
-    if of_this_run is not None:
-        remedy += f" {of_this_run} is the newest of this run."
-    raise ValueError(f"{checkpoint} is of another run: {told}. {remedy}")
-
-
 def warn_of_other_runs(output_dir: str | Path, run: dict[str, Any]) -> None:
     """Warns before a run starts anew next to checkpoints of another one, which it would not resume from."""
     for checkpoint in reversed(sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []):
         with contextlib.suppress(ValueError):
-            changed = differences(_manifest(checkpoint).get("run", {}), run)
+            changed = differences(manifest_of(checkpoint).get("run", {}), run)
             if changed:
-                told = ", ".join(f"{name}={_short(there)}" for name, (there, _) in changed.items())
+                told = ", ".join(f"{name}={short(there)}" for name, (there, _) in changed.items())
                 logger.warning(
                     f"{checkpoint} is of another run ({told}). This one starts anew next to it. Give each run an "
                     "output_dir of its own."
@@ -279,86 +183,21 @@ def warn_of_other_runs(output_dir: str | Path, run: dict[str, Any]) -> None:
                 return
 
 
-def _newest_of(folder: Path, engine: str, processes: int, run: dict[str, Any]) -> str | None:
-    for checkpoint in reversed(sort_checkpoints(str(folder)) if folder.is_dir() else []):
-        if damage(checkpoint) is None:
-            manifest = _manifest(checkpoint)
-            written = (manifest["engine"], manifest["processes"])
-            if written == (engine, processes) and "run" in manifest and not differences(manifest["run"], run):
-                return checkpoint
-    return None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def refuse_foreign_pickles(checkpoint: str | Path, trusted: bool) -> None:
-    """Refuses a ZeRO checkpoint that another user could have written: DeepSpeed unpickles it, which runs its code.
-
-    Raises:
-        ValueError: if a file of it does not belong to this user, unless it is `trusted`.
-    """
-    if trusted or not hasattr(os, "geteuid"):
-        return
-    folder = Path(checkpoint)
-    for path in (folder, *folder.rglob("*")):
-        if path.lstat().st_uid != os.geteuid():
-            raise ValueError(
-                f"{path} belongs to another user, and DeepSpeed runs the code in a checkpoint when it loads it. Set "
-                "trust_checkpoint=True if you know who wrote it."
-            )
-
-
-def refuse_other_tensors(checkpoint: str | Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuses a checkpoint whose adapter would not load whole into the model: PEFT passes over what does not fit.
-
-    Args:
-        checkpoint (`str` or `Path`): folder of the checkpoint.
-        expected (`dict`): shapes of the tensors that the run trains, by their names in the adapter's file.
-
-    Raises:
-        ValueError: if tensors are missing, of another shape, or too many.
-    """
-    file = Path(checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
-    try:
-        kind = json.loads((Path(checkpoint) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
-        if kind != "BEFT":
-            raise ValueError(f"its type is {kind}")
-        with safe_open(file, "pt") as adapter:
-            names = adapter.keys()
-            found = {name: tuple(adapter.get_slice(name).get_shape()) for name in names}
-            broken = next((name for name in names if not adapter.get_tensor(name).isfinite().all()), None)
-        if broken:
-            raise ValueError(f"{broken} is not finite")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): take another checkpoint.") from error
-    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-    if wrong:
-        there, here = found.get(wrong[0], "missing"), expected.get(wrong[0], "none")
-        raise ValueError(
-            f"{file} does not fit the model: {len(wrong)} of {len({*found, *expected})} tensors differ, first "
-            f"{wrong[0]}, {there} in the file and {here} in the model. Give the base and the term that it was trained "
-            "with, or start anew in another output_dir."
+def refuse_broken_loss(loss: float, step: int, output_dir: str | Path) -> None:
+    """Raises FloatingPointError for the loss of a step that is NaN or infinite, with the last complete checkpoint."""
+    if not math.isfinite(loss):
+        last = last_complete_checkpoint(output_dir)
+        raise FloatingPointError(
+            f"The loss is {loss} at step {step}. Stopped before the optimizer step; "
+            f"{f'the last checkpoint is {last}' if last else 'no checkpoint was written yet'}. Lower learning_rate, "
+            "or look at the rows of this step."
         )
 
 
-def steps_of(checkpoint: str | Path) -> int:
-    """The number of optimizer steps after which a checkpoint was written.
-
-    Raises:
-        ValueError: if its state is damaged.
-    """
-    file = Path(checkpoint) / STATE_FILE
-    try:
-        step = json.loads(file.read_text(encoding="utf-8"))["global_step"]
-        TrainerState.load_from_json(str(file))
-        if not isinstance(step, int) or step < 0:
-            raise TypeError(f"global_step is {step!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): take another checkpoint.") from error
-    return step
+def short(value: Any) -> str:
+    """A value in at most 60 characters, for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _sha256(path: Path) -> str:

@@ -162,7 +162,7 @@ class BeftConfigMixin:
                     "dtype only."
                 )
         _check_ranges(self)
-        self._set_up_cpu_under_a_launcher()
+        _set_up_cpu_under_a_launcher(self)
         super().__post_init__()
         if self.fp16 and self.deepspeed_plugin is None and (self.use_cpu or not torch.accelerator.is_available()):
             raise ValueError(
@@ -170,23 +170,7 @@ class BeftConfigMixin:
                 "bf16=True, or leave both out."
             )
         _check_kinds(self)
-        self._checkpoint_reentrantly_under_zero3()
-
-    def _set_up_cpu_under_a_launcher(self) -> None:
-        # Without these two settings the processes that a launcher starts on a CPU do not form one run: each trains by
-        # itself, and the losses are scaled as if they had.
-        launched = int(os.environ.get("LOCAL_RANK", -1)) >= 0
-        if launched and (self.use_cpu or not torch.accelerator.is_available()):
-            self.use_cpu = True
-            self.ddp_backend = self.ddp_backend or "gloo"
-
-    def _checkpoint_reentrantly_under_zero3(self) -> None:
-        # ZeRO-3 with PEFT recomputes activations of other shapes otherwise (huggingface/trl#2514). TRL 1.16 sets it by
-        # the old name, after Transformers has copied that to the one it reads. This goes when TRL sets the new one.
-        if self.gradient_checkpointing and self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
-            for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-                if hasattr(self, name):
-                    setattr(self, name, {**(getattr(self, name) or {}), "use_reentrant": True})
+        _checkpoint_reentrantly_under_zero3(self)
 
 
 # The settings that this package adds, by name.
@@ -194,11 +178,7 @@ SETTINGS = {each.name: each for each in fields(BeftConfigMixin) if each.name != 
 
 
 def enough_steps(rows: int) -> int:
-    """The optimizer steps of a run whose length is not given: a bias underfits in fewer, whatever the rows.
-
-    Args:
-        rows (`int`): to learn from.
-    """
+    """The optimizer steps of a run on `rows` whose length is not given. A bias underfits in fewer steps."""
     return max(ENOUGH_STEPS, rows)
 
 
@@ -312,6 +292,24 @@ class BeftTrainingArguments(BeftConfigMixin, TrainingArguments):
         default=None,
         metadata={"help": "Modules to train and save whole, next to the bias and the head of the task."},
     )
+
+
+def _set_up_cpu_under_a_launcher(args: Any) -> None:
+    # Without these two settings the processes that a launcher starts on a CPU do not form one run: each trains by
+    # itself, and the losses are scaled as if they had.
+    launched = int(os.environ.get("LOCAL_RANK", -1)) >= 0
+    if launched and (args.use_cpu or not torch.accelerator.is_available()):
+        args.use_cpu = True
+        args.ddp_backend = args.ddp_backend or "gloo"
+
+
+def _checkpoint_reentrantly_under_zero3(args: Any) -> None:
+    # ZeRO-3 with PEFT recomputes activations of other shapes otherwise (huggingface/trl#2514). TRL 1.16 sets it by
+    # the old name, after Transformers has copied that to the one it reads. This goes when TRL sets the new one.
+    if args.gradient_checkpointing and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if hasattr(args, name):
+                setattr(args, name, {**(getattr(args, name) or {}), "use_reentrant": True})
 
 
 def _check_ranges(args: Any) -> None:

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from .compat.engines import has_fp32_copy, is_split, whole_shape
 from .layout import BiasSite
 from .tuner import SAVED_WHOLE, Deltas, delta, parameters_saved_whole, projection, rows_of_modules
-
-
-PREFIX = "base_model.model."  # of the base model's modules in a PeftModel
+from .weight_files import PREFIX, SUFFIX
 
 
 def gather_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite, Tensor]:
@@ -45,7 +43,7 @@ def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str,
 
 def adapter_shapes(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, tuple[int, ...]]:
     """The shapes of what a run of `sites` trains, by their names in the adapter's file."""
-    parameters = {f"{PREFIX}{site.module}.beft_bias": delta(model, site) for site in sites}
+    parameters = {f"{PREFIX}{site.module}{SUFFIX}": delta(model, site) for site in sites}
     parameters |= {name.replace(SAVED_WHOLE, "."): values for name, values in parameters_saved_whole(model).items()}
     return {name: whole_shape(values) for name, values in parameters.items()}
 

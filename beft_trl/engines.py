@@ -1,12 +1,16 @@
 """The engines and precisions that work together, what each asks for, and what is refused."""
 
+import os
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_available
 from transformers.utils import is_bitsandbytes_available
 
+
+logger = get_logger(__name__)
 
 # Every cell of the two works, some on a `condition`, which `refuse_cell` enforces.
 ENGINES = {
@@ -76,6 +80,25 @@ def slow_16_bits(device: torch.device) -> bool:
     On an x86 CPU with only AVX2 that takes a hundred times as long as fp32.
     """
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX")
+
+
+def refuse_separate_processes(together: int) -> None:
+    """Raises RuntimeError if a launcher started more processes than those that train together."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != together:
+        raise RuntimeError(
+            f"{launched} processes were launched, but they do not form one distributed run: each would train by "
+            "itself. On a CPU set use_cpu=True and ddp_backend='gloo'."
+        )
+
+
+def warn_of_slow_16_bits(dtype: torch.dtype, args: TrainingArguments) -> None:
+    """Warns of weights of `dtype`, or settings, with which a step takes a hundred times as long as it could."""
+    if slow_16_bits(args.device) and (dtype.itemsize == 2 or args.bf16 or args.fp16):
+        logger.warning(
+            f"dtype={dtype}, bf16={args.bf16} and fp16={args.fp16} on a processor without instructions for 16 bits: "
+            "a step takes up to a hundred times as long as in fp32. Use dtype=float32 and bf16=False."
+        )
 
 
 def condition(engine: str, precision: str) -> str | None:

@@ -1,7 +1,6 @@
 """What a model knows of held-out rows: its loss, the answers that it writes, and the answers that it prefers."""
 
 import inspect
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +13,10 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .data.labels import IGNORED
+from .data.rows import template_options
 
-IGNORED = -100  # the label of a token that is not counted
+
 BATCH_SIZE = 16
 NEW_TOKENS = 8
 # Completions that come back like this are classes: few of them, and each stands for several rows.
@@ -175,20 +176,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> dict[s
     if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
         text = prompt + completion + ("" if completion.endswith(end) else end)
-        seen, tokens = tokenizer(prompt)["input_ids"], tokenizer(text)["input_ids"]
+        tokens, apart = encode_text(tokenizer, prompt, text)
     else:
-        render: Any = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True, **_template_options(row))
+        render: Any = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True, **template_options(row))
         seen = render(prompt, add_generation_prompt=True)["input_ids"]
         tokens = render(prompt + completion)["input_ids"]
-    # Where the two part, which is before the end of the prompt if letters of both make one token.
-    apart = next((at for at, pair in enumerate(zip(seen, tokens, strict=False)) if pair[0] != pair[1]), len(seen))
+        apart = _shared(seen, tokens)
     return {"input_ids": tokens, "labels": [IGNORED] * apart + tokens[apart:]}
 
 
-def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[list[int], int]:
+    """The tokens of a text that begins with a prompt, and how many of them are the prompt's."""
+    tokens = tokenizer(text)["input_ids"]
+    return tokens, _shared(tokenizer(prompt)["input_ids"], tokens)
+
+
+def _shared(prompt: Sequence[int], tokens: Sequence[int]) -> int:
+    """Where the two part, which is before the end of the prompt if letters of prompt and completion make one token."""
+    return next((at for at, pair in enumerate(zip(prompt, tokens, strict=False)) if pair[0] != pair[1]), len(prompt))
 
 
 @torch.no_grad()
@@ -295,7 +300,7 @@ def write(
         row["prompt"]
         if isinstance(row["prompt"], str)
         else tokenizer.apply_chat_template(
-            row["prompt"], tokenize=False, add_generation_prompt=True, **_template_options(row)
+            row["prompt"], tokenize=False, add_generation_prompt=True, **template_options(row)
         )
         for row in rows
     ]

@@ -17,6 +17,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import Tensor, nn
 
+from .data.labels import datasets_of
 from .engines import SPLIT_AT_LOADING
 from .layout import BiasSite
 from .spans import FrozenLayers, frozen_below
@@ -169,7 +170,7 @@ class FrozenLayersCache:
 
     def _assembled(self, like: Tensor) -> Tensor:
         """The kept states of a batch, on the device and in the form of what its layers are given."""
-        parts = self._parts or ()
+        parts: Sequence[_Part] = self._parts or ()
         self.batches["skipped"] += 1
         first = self._kept[parts[0].key].states
         states = torch.zeros(*like.shape[:2], first.shape[-1], dtype=first.dtype, device=like.device)
@@ -333,13 +334,10 @@ def states_bytes(trainer: Any) -> int | None:
 
     `None` if the rows are not tokenized before the run.
     """
-    held_out = trainer.eval_dataset
-    parts = [trainer.train_dataset, *(held_out.values() if isinstance(held_out, dict) else [held_out])]
-    if not all(part is None or (isinstance(part, Dataset) and "input_ids" in part.column_names) for part in parts):
+    parts = [rows for _, rows in datasets_of(trainer)]
+    if not all(isinstance(part, Dataset) and "input_ids" in part.column_names for part in parts):
         return None
-    batches = (
-        part.select_columns("input_ids").with_format("arrow").iter(10_000) for part in parts if part is not None
-    )
+    batches = (part.select_columns("input_ids").with_format("arrow").iter(10_000) for part in parts)
     tokens = sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for part in batches for batch in part)
     base = trainer.model.get_base_model()
     return tokens * base.config.get_text_config().hidden_size * base.dtype.itemsize

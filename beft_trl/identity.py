@@ -66,7 +66,7 @@ def identify_run(model: Any, args: Any, dataset: Any, base: dict[str, str | None
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
     """The configuration that a model was quantised with, as plain values; `None` for one that was not."""
-    quantization = getattr(config, "quantization_config", None)
+    quantization: Any = getattr(config, "quantization_config", None)
     return quantization.to_diff_dict() if hasattr(quantization, "to_diff_dict") else quantization
 
 

@@ -1,7 +1,7 @@
 """Scores of bias terms: pure functions on tensors, and `BiasScores`, the table that they fill."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -120,6 +120,10 @@ class BiasScores:
         if self.method is None:
             return site.dead is None
         return any(layer.layer == site.layer for layer in self.terms[site.term].layers)
+
+    def trained_sites(self, candidates: Iterable[BiasSite]) -> list[BiasSite]:
+        """The live ones of `candidates` whose term is selected: what a run trains."""
+        return [site for site in candidates if self.selected in (site.term, "all") and self.covers(site)]
 
     @property
     def ranking(self) -> list[str]:

@@ -23,6 +23,7 @@ TERMS = ("query", "key", "value")
 # A projection's name around the part that says which term it is: `q_proj`, `query`, `q_lin`, `query_proj`, `wq`.
 _QUERY_NAME = re.compile(r"^(?P<head>(?:\w*_)?w?)(?P<query>query|q)(?P<tail>(?:_\w+)?)$")
 _TERM_LETTERS = {"q": ("q", "k", "v"), "query": ("query", "key", "value")}
+LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")  # in the path of a module
 _OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
 
 # Attention classes of Transformers whose query, key and value share one matrix, with the order of its rows, each read
@@ -100,9 +101,9 @@ class BiasSites(list[BiasSite]):
             table.add_row(str(site.layer), site.term, site.module, _slice(site), str(len(site.rows)), bias, state)
         if self.left_out:
             table.caption = f"{self.left_out} layers without query, key and value projections are left out."
-        text = Console(file=io.StringIO(), width=160)
-        text.print(table)
-        return text.file.getvalue()
+        text = io.StringIO()
+        Console(file=text, width=160).print(table)
+        return text.getvalue()
 
 
 def find_bias_sites(model: nn.Module) -> BiasSites:
@@ -143,7 +144,7 @@ def find_bias_sites(model: nn.Module) -> BiasSites:
         if projections is None:
             unknown += [f"{path}.{child}" for child, _ in _linear_children(attention) if _FUSED_NAME.search(child)]
             continue
-        layer = _layer_index(path, default=len(sites) // len(TERMS))
+        layer = layer_index(path, default=len(sites) // len(TERMS))
         for term, (child, rows) in zip(TERMS, projections, strict=True):
             sites.append(
                 BiasSite(
@@ -326,8 +327,9 @@ def _linear_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, _linear(child)
 
 
-def _layer_index(path: str, default: int) -> int:
-    index = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+def layer_index(path: str, default: int) -> int:
+    """The number of the layer that the module at `path` is in; `default` for a path without one."""
+    index = LAYER_NUMBER.search(path)
     return int(index[1]) if index else default
 
 

@@ -1,74 +1,48 @@
 """`BeftTrainerMixin`, for any Trainer: score, select, train, save."""
 
 import inspect
-import math
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 from trl import RewardTrainer
 
 from . import report
 from .arguments import arguments_by_name, name_of, refuse_arguments
-from .aside import run_steps
-from .checkpoints import (
-    check_writable,
-    checkpoint_to_resume,
-    last_complete_checkpoint,
-    mark_complete,
-    output_lock,
-    recorded_selection,
-    refuse_foreign_output,
-    refuse_foreign_pickles,
-    refuse_other_run,
-    refuse_other_tensors,
-    steps_of,
-    warn_of_other_runs,
-)
+from .checkpoints import check_writable, output_lock, refuse_broken_loss, warn_of_other_runs
 from .compat.adapters import beft_tuner, reference_copied
-from .compat.engines import forget_preparation, keep_4bit_trainable, whole_shape
+from .compat.engines import forget_preparation, keep_4bit_trainable
 from .compat.losses import labelled_tokens_only
 from .compat.models import forget_input_gradients
-from .config import default_score_steps
-from .data.labels import check_tokens, position_limit
+from .data.labels import check_tokens_of
 from .data.vocabulary import known_tokens_only
-from .deltas import (
-    adapter_shapes,
-    adapter_state_dict,
-    check_moved,
-    deltas_as_state_dict,
-    gather_deltas,
-    gather_saved_whole,
-)
-from .engines import engine_of, refuse_cell, slow_16_bits
+from .deltas import adapter_state_dict, check_moved, gather_deltas, gather_saved_whole
+from .engines import engine_of, refuse_cell, refuse_separate_processes, warn_of_slow_16_bits
 from .frozen_cache import frozen_cache
-from .identity import identify_base, identify_run, quantization_of
-from .importance import BiasScores, rank
-from .layout import TERMS, BiasSite, find_bias_sites, sites_of_term, skeleton_of
-from .rates import give_learning_rates, relative_learning_rates
+from .identity import identify_base, identify_run
+from .importance import BiasScores
+from .layout import find_bias_sites, sites_of_term, skeleton_of
+from .rates import give_learning_rates, logged_learning_rates
+from .resume import Resumed, find_checkpoint
 from .saving import (
     card_of,
-    checkpoint_or_none,
+    complete_or_none,
     default_adapter_only,
     draw_scores,
-    remove,
+    refuse_broken_deltas,
     sizes,
     whole_or_nothing,
     write_description,
 )
-from .scoring import ScoringResult, measure_sizes, score_biases, score_steps, score_terms
+from .selection import choose, scores_of, scoring_pass, trained_term
 from .spans import end_backward_below, ranges, sites_in
 from .tuner import (
     ADAPTER_NAME,
@@ -83,19 +57,13 @@ from .tuner import (
 )
 
 
-logger = get_logger(__name__)
+if TYPE_CHECKING:
+    from transformers import Trainer  # that it is put before, whichever it is
+else:
+    Trainer = object
 
 
-class Resumed(NamedTuple):
-    """What a run goes on from: the checkpoint, its selection and learning rates, and its optimizer steps."""
-
-    checkpoint: str
-    scores: BiasScores
-    learning_rates: dict[str, float]
-    steps: int
-
-
-class BeftTrainerMixin:
+class BeftTrainerMixin(Trainer):
     """Adds BEFT to a `transformers.Trainer` class: `class BeftDPOTrainer(BeftTrainerMixin, DPOTrainer)`.
 
     `train()` is two runs of the trainer's own loop. The first, a short one, trains every candidate bias and is thrown
@@ -171,20 +139,10 @@ class BeftTrainerMixin:
             super().__init__(**given)
         if saved_whole:
             name_saved_modules(self.model, saved_whole)
-        self._check_tokens()
-        launched = int(os.environ.get("WORLD_SIZE", 1))
-        together = self.accelerator.num_processes if self.args.parallel_mode == ParallelMode.DISTRIBUTED else 1
-        if launched != together:
-            raise RuntimeError(
-                f"{launched} processes were launched, but they do not form one distributed run: each would train by "
-                "itself. On a CPU set use_cpu=True and ddp_backend='gloo'."
-            )
-        if slow_16_bits(self.args.device) and (self.model.dtype.itemsize == 2 or self.args.bf16 or self.args.fp16):
-            logger.warning(
-                f"dtype={self.model.dtype}, bf16={self.args.bf16} and fp16={self.args.fp16} on a processor without "
-                "instructions for 16 bits: a step takes up to a hundred times as long as in fp32. Use dtype=float32 "
-                "and bf16=False."
-            )
+        check_tokens_of(self)
+        distributed = self.args.parallel_mode == ParallelMode.DISTRIBUTED
+        refuse_separate_processes(self.accelerator.num_processes if distributed else 1)
+        warn_of_slow_16_bits(self.model.dtype, self.args)
         trained_to_fp32(self.model, exact)
         self._span_ends = end_backward_below(self.model, candidates)
         keep_4bit_trainable(self.model)
@@ -200,13 +158,6 @@ class BeftTrainerMixin:
 
     def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
         """Refuses arguments and models before weights are loaded; for trainers that know what theirs must be."""
-
-    def _check_tokens(self) -> None:
-        vocabulary = whole_shape(self.model.get_input_embeddings().weight)[0]
-        positions = position_limit(self.model.get_base_model())
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, rows in {"train": self.train_dataset, **held_out}.items():
-            check_tokens(rows, name, vocabulary, positions, getattr(self.args, "max_length", None))
 
     def why_no_gradient(self) -> str:
         """What usually keeps a loss from depending on any bias, and what to do: for the error that says so."""
@@ -228,33 +179,8 @@ class BeftTrainerMixin:
             ValueError: for steps beyond the run, or an anchor that says nothing of the model.
             RuntimeError: after `train()` under DeepSpeed, whose engine holds the trained biases.
         """
-        return self._scores_of(self._scoring_pass(score_steps))
-
-    def _scoring_pass(self, asked: int | None = None) -> ScoringResult:
-        if self.is_deepspeed_enabled and self.deepspeed is not None:
-            raise RuntimeError(
-                "score() after train() would take the trained biases out of DeepSpeed's engine. Call it before, or "
-                "make another trainer for it."
-            )
-        steps = score_steps(asked or self.args.score_steps, run_steps(self))
-        return score_biases(self, self._deltas, self.bias_sites, steps, super().train)
-
-    def _scores_of(self, result: ScoringResult | None, term: str = "") -> BiasScores:
-        """What is recorded of a scoring pass, or of a `term` that was given."""
-        left_out = self.bias_sites.left_out
-        notes = [f"{left_out} layers without query, key and value projections of their own are left out."]
-        return BiasScores(
-            selected=rank(result.terms, self.args.score_method)[0] if result else term,
-            method=self.args.score_method if result else None,
-            anchor=result.anchor if result else None,
-            steps=result.steps if result else 0,
-            base_model=self.model.get_base_model().name_or_path,
-            layers=sorted({site.layer for site in self.bias_sites}),
-            quantization=quantization_of(self.model.config),
-            terms=result.terms if result else score_terms(self.bias_sites, {}, {}, {}),
-            notes=[*(notes if left_out else ()), *(result.notes if result else ())],
-            versions={name: version(name) for name in ("beft_trl", "peft", "torch", "transformers", "trl")},
-        )
+        found = scoring_pass(self, self._deltas, self.bias_sites, super().train, score_steps)
+        return scores_of(self, self.bias_sites, found)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any):
         """Scores the bias terms if `bias_term="auto"`, keeps the selected one, and trains it.
@@ -279,7 +205,8 @@ class BeftTrainerMixin:
             self._select(scores, rates)
         elif self.bias_scores is None:
             warn_of_other_runs(self.args.output_dir, self._run)
-            self._choose(self._trained_term() or self.args.bias_term)
+            term = trained_term(self._deltas, self.args.bias_term) or self.args.bias_term
+            self._select(*choose(self, self._deltas, self.bias_sites, term, super().train))
         if self.model_wrapped is self.model:
             # An evaluation before the run marks the model as prepared, and DDP would be left out.
             forget_preparation(self.model, self.accelerator)
@@ -291,69 +218,15 @@ class BeftTrainerMixin:
         return output
 
     def find_checkpoint(self, asked: str | bool | None, engine: str, processes: int) -> Resumed | None:
-        """The checkpoint that a run goes on from, or `None` for one that starts, after all that speaks against it.
-
-        Args:
-            asked (`str` or `bool`, *optional*): `resume_from_checkpoint`.
-            engine (`str`): name of the run's engine, see `engines.ENGINES`.
-            processes (`int`): number of the run's processes.
-
-        Raises:
-            ValueError: for an output folder or a checkpoint of a different run, or another user's ZeRO checkpoint.
-        """
+        """The checkpoint that a run goes on from, see [`resume.find_checkpoint`]."""
         self._run = identify_run(self.model.get_base_model(), self.args, self.train_dataset, self._base)
-        checkpoint = checkpoint_to_resume(self.args.output_dir, asked)
-        if checkpoint is None:
-            if self.bias_scores is None:
-                base = self.model.get_base_model().name_or_path
-                refuse_foreign_output(self.args.output_dir, base, self.args.bias_term)
-            return None
-        refuse_other_run(checkpoint, engine, processes, self._run, self.args.allow_changed_resume)
-        if engine.startswith("zero"):
-            refuse_foreign_pickles(checkpoint, self.args.trust_checkpoint)
-        term, relative = self.selected_bias_term or self.args.bias_term, self.args.relative_learning_rate
-        scores, rates = recorded_selection(checkpoint, term, relative)
-        refuse_other_tensors(checkpoint, adapter_shapes(self.model, self._sites_of(scores)))
-        return Resumed(checkpoint, scores, rates, steps_of(checkpoint))
-
-    def _trained_term(self) -> str | None:
-        """The term of an adapter that the model came with and that has been trained before."""
-        deltas = gather_deltas(self.model, self._deltas.sites)
-        terms = [term for term in TERMS if any(values.any() for site, values in deltas.items() if site.term == term)]
-        if not terms:
-            return None
-        term = terms[0] if len(terms) == 1 else "all"
-        if self.args.bias_term not in ("auto", term):
-            raise ValueError(
-                f"The model's adapter trains the {term} bias, and this run asks for bias_term="
-                f"{self.args.bias_term!r}. Give the base model for another term, or leave bias_term out to go on."
-            )
-        return term
-
-    def _choose(self, term: str) -> None:
-        """Selects `term`, or the best one for `"auto"`, and measures the learning rates that are relative."""
-        result = self._scoring_pass() if term == "auto" else None
-        scores = self._scores_of(result, term)
-        share, rates = self.args.relative_learning_rate, {}
-        if share is not None:
-            sites = self._sites_of(scores)
-            if result is None:
-                run = run_steps(self)
-                steps = min(self.args.score_steps or default_score_steps(run), run)
-                found = measure_sizes(self, self._deltas, steps, super().train)
-            else:
-                found = result.sizes
-            rates = relative_learning_rates(share, found, sites)
-        self._select(scores, rates)
-
-    def _sites_of(self, scores: BiasScores) -> list[BiasSite]:
-        candidates = self._deltas.candidates
-        return [site for site in candidates if scores.selected in (site.term, "all") and scores.covers(site)]
+        trained = self.selected_bias_term
+        return find_checkpoint(asked, self.args, self._deltas, self._run, engine, processes, trained)
 
     def _select(self, scores: BiasScores, learning_rates: dict[str, float]) -> None:
         self.bias_scores, self.learning_rates = scores, learning_rates
         self.selected_bias_term = scores.selected
-        self._deltas.keep(self._sites_of(scores))
+        self._deltas.keep(scores.trained_sites(self._deltas.candidates))
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             Console().print(report.scores_table(scores, *sizes(self._deltas), learning_rates))
 
@@ -378,11 +251,8 @@ class BeftTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "learning_rate" in logs and self.learning_rates:
-            # Each layer has its own, and the schedule scales all alike: the middle one, and the two ends.
-            scale = logs["learning_rate"] / self._first_rate
-            rates = [rate * scale for rate in self.learning_rates.values()]
-            logs = {**logs, "learning_rate": median(rates)}
-            logs |= {"learning_rate_min": min(rates), "learning_rate_max": max(rates)}
+            rates = logged_learning_rates(logs["learning_rate"], self._first_rate, self.learning_rates)
+            logs = {**logs, **rates}
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, *others: Any, **kwargs: Any):
@@ -397,13 +267,7 @@ class BeftTrainerMixin:
                 # Summed over the processes, so that all stop at the same step: one by itself would leave the others
                 # waiting for its gradients.
                 total, self._losses = self.accelerator.reduce(self._losses).item(), None
-                if not math.isfinite(total):
-                    last = last_complete_checkpoint(self.args.output_dir)
-                    raise FloatingPointError(
-                        f"The loss is {total} at step {self.state.global_step + 1}. Stopped before the optimizer "
-                        f"step; {f'the last checkpoint is {last}' if last else 'no checkpoint was written yet'}. "
-                        "Lower learning_rate, or look at the rows of this step."
-                    )
+                refuse_broken_loss(total, self.state.global_step + 1, self.args.output_dir)
         return computed
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -417,11 +281,7 @@ class BeftTrainerMixin:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not all(values.isfinite().all() for values in (state_dict or {}).values()):
-            raise FloatingPointError(
-                f"The bias deltas are not finite after step {self.state.global_step}, so they are not saved. Lower "
-                "learning_rate and resume from the last checkpoint."
-            )
+        refuse_broken_deltas(state_dict or {}, self.state.global_step)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -439,23 +299,8 @@ class BeftTrainerMixin:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            remove(checkpoint)  # what a run that was killed here left of it
-        self.accelerator.wait_for_everyone()
-        # The Trainer would delete old checkpoints before this one is known to be complete.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with checkpoint_or_none(checkpoint):
-                with deltas_as_state_dict(self.model):
-                    super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    mark_complete(checkpoint, engine_of(self.args), self.args.world_size, self._run)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate_checkpoints(str(checkpoint.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.accelerator.wait_for_everyone()
+        with complete_or_none(self, checkpoint, self._run):
+            super()._save_checkpoint(model, trial)
 
     def detach(self) -> PreTrainedModel:
         """Takes the adapter off the base model, and gives that back as it came. This trainer is of no use any more.
@@ -475,7 +320,7 @@ class BeftTrainerMixin:
         self.accelerator.free_memory()
         return base
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # as TRL's trainers have it
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,

@@ -59,8 +59,9 @@ class MixingBeftModel(BeftModel):
             raise ValueError(f"There is an adapter {adapter_name!r} already: give another name.")
         if len(weights) != len(adapters):
             raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one for each.")
-        modules = {name for each in adapters for name in self.peft_config[each].target_modules or ()}
-        self.peft_config[adapter_name] = replace(self.peft_config[adapters[0]], target_modules=sorted(modules))
+        configs: dict[str, Any] = self.peft_config
+        modules = {name for each in adapters for name in configs[each].target_modules or ()}
+        configs[adapter_name] = replace(configs[adapters[0]], target_modules=sorted(modules))
         self.inject_adapter(self.model, adapter_name)
         for layer in self.modules():
             if isinstance(layer, BeftLayer) and adapter_name in layer.beft_bias:

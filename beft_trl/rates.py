@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from torch import nn
 from torch.optim import Optimizer
@@ -38,3 +39,12 @@ def give_learning_rates(optimizer: Optimizer, rates: Mapping[nn.Parameter, float
             if parameter in rates
         ]
     optimizer.param_groups[:] = groups
+
+
+def logged_learning_rates(scheduled: float, first: float, rates: Mapping[str, float]) -> dict[str, float]:
+    """What is logged of the layers' `rates`, the middle one and the ends. The schedule scales all alike: it made
+    `scheduled` of the rate of the optimizer's first group, which was `first`.
+    """
+    scale = scheduled / first
+    scaled = [rate * scale for rate in rates.values()]
+    return {"learning_rate": median(scaled), "learning_rate_min": min(scaled), "learning_rate_max": max(scaled)}

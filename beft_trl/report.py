@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .importance import SCORE_OF_METHOD, BiasScores
-from .spans import ranges
+from .spans import ranges, runs
 
 
 ANCHORS = {
@@ -148,7 +148,7 @@ def heat_map(scores: BiasScores, learning_rates: Mapping[int, float] | None = No
     axes.set_facecolor(GREY)
     image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm)
     place = scores.ranking.index(scores.selected)
-    for first, last in _runs(sorted(rows[place])):
+    for first, last in runs(rows[place]):
         corner, width = (first - 0.5, place - 0.5), last - first + 1
         axes.add_patch(Rectangle(corner, width, 1, fill=False, edgecolor="red", linewidth=2, clip_on=False, zorder=3))
     axes.set_yticks(range(len(rows)), [f"{name} bias" for name in scores.ranking])
@@ -167,13 +167,6 @@ def heat_map(scores: BiasScores, learning_rates: Mapping[int, float] | None = No
         keys.append(Patch(facecolor=GREY, label="neither scored nor trained"))
     figure.legend(handles=keys, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return _png(figure)
-
-
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of each run of consecutive numbers, which are in rising order."""
-    firsts = [number for number in numbers if number - 1 not in numbers]
-    lasts = [number for number in numbers if number + 1 not in numbers]
-    return list(zip(firsts, lasts, strict=True))
 
 
 def learning_curve(log_history: Sequence[Mapping[str, Any]], unit: str | None = None) -> bytes | None:

@@ -126,6 +126,8 @@ class _FromPairs(_FromRows):
 class _FromRewards(_FromRows):
     """Learns from rewards of its own completions."""
 
+    use_vllm: bool
+    vllm_generation: Any
     _formats = (("prompt",),)
 
     def __init__(self, *positional: Any, **kwargs: Any):

@@ -12,14 +12,19 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from . import report
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint, mark_complete
 from .compat.engines import whole_shape
+from .deltas import deltas_as_state_dict
+from .engines import engine_of
 from .importance import SCORES_FILE, BiasScores
 from .tuner import ADAPTER_NAME, Deltas, parameters_saved_whole, projection, task_ending
+from .weight_files import let_others_read
 
 
 def remove(path: Path) -> None:
@@ -48,22 +53,33 @@ def whole_or_nothing(folder: Path, pictures: Iterable[str] = ()) -> Iterator[Pat
             if path.is_dir():
                 remove(target)
             if path.name == ADAPTER_SAFE_WEIGHTS_NAME:
-                # safetensors (0.8) lets only the owner read it, and a server often runs as another user.
-                shutil.copymode(folder / ADAPTER_CONFIG_NAME, path)
+                let_others_read(path, like=folder / ADAPTER_CONFIG_NAME)
             path.replace(target)
     finally:
         remove(staged)
 
 
 @contextmanager
-def checkpoint_or_none(checkpoint: Path) -> Iterator[None]:
-    """Removes a checkpoint that could not be written.
+def complete_or_none(trainer: Any, checkpoint: Path, run: dict[str, Any]) -> Iterator[None]:
+    """Inside, a trainer writes a checkpoint; after it, that is complete or gone, and only then old ones are deleted.
+
+    Every process enters it. `run` identifies the run, see [`identity.identify_run`].
 
     Raises:
-        OSError: with the reason, and the last one that is complete.
+        OSError: for a checkpoint that could not be written, with the reason and the last one that is complete.
     """
+    args = trainer.args
+    if args.should_save:
+        remove(checkpoint)  # what a run that was killed here left of it
+    trainer.accelerator.wait_for_everyone()
+    # The Trainer would delete old checkpoints before this one is known to be complete.
+    limit, args.save_total_limit = args.save_total_limit, None
     try:
-        yield
+        with deltas_as_state_dict(trainer.model):
+            yield
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            mark_complete(checkpoint, engine_of(args), args.world_size, run)
     except (OSError, RuntimeError, SafetensorError) as error:
         remove(checkpoint)
         last = last_complete_checkpoint(checkpoint.parent)
@@ -71,6 +87,20 @@ def checkpoint_or_none(checkpoint: Path) -> Iterator[None]:
             f"{checkpoint} could not be written ({error}) and was removed. "
             + (f"{last} is complete: free some space and resume from it." if last else "Free some space.")
         ) from error
+    finally:
+        args.save_total_limit = limit
+    if args.should_save:
+        rotate_checkpoints(str(checkpoint.parent), limit, trainer.state.best_model_checkpoint, use_mtime=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def refuse_broken_deltas(state_dict: Mapping[str, Tensor], step: int) -> None:
+    """Raises FloatingPointError for what is trained and not finite after optimizer step `step`."""
+    if not all(values.isfinite().all() for values in state_dict.values()):
+        raise FloatingPointError(
+            f"The bias deltas are not finite after step {step}, so they are not saved. Lower learning_rate and resume "
+            "from the last checkpoint."
+        )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .layout import BiasSite, BiasSites
+from .layout import LAYER_NUMBER, BiasSite, BiasSites
 
 
 SPEC = re.compile(r"all|upper|\d+(-\d+)?(,\d+(-\d+)?)*")
@@ -63,13 +63,15 @@ def sites_in(sites: BiasSites, bias_layers: str) -> BiasSites:
 
 def ranges(layers: Any) -> str:
     """Numbers of layers as text, such as `"3,15-29"`."""
-    runs: list[list[int]] = []
-    for layer in sorted(set(layers)):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1][1:] = [layer]
-        else:
-            runs.append([layer])
-    return ",".join("-".join(map(str, run)) for run in runs)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs(layers))
+
+
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers, in rising order."""
+    known = set(numbers)
+    firsts = sorted(number for number in known if number - 1 not in known)
+    lasts = sorted(number for number in known if number + 1 not in known)
+    return list(zip(firsts, lasts, strict=True))
 
 
 class FrozenLayers(NamedTuple):
@@ -94,7 +96,7 @@ def frozen_below(model: PeftModel, sites: Sequence[BiasSite]) -> FrozenLayers | 
         sites (`Sequence[BiasSite]`): all that can be trained.
     """
     base = model.get_base_model()
-    indices = [index for site in sites if (index := re.search(r"(?:^|\.)(\d+)(?:\.|$)", site.module))]
+    indices = [index for site in sites if (index := LAYER_NUMBER.search(site.module))]
     if not indices or len(indices) < len(sites):
         return None
     path = sites[0].module[: indices[0].start()]

@@ -70,7 +70,8 @@ def attach_deltas(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: 
 
 def name_saved_modules(model: PeftModel, modules_to_save: Sequence[str] | None) -> None:
     """Puts `modules_to_save` of the adapter back: PEFT's task models add names of heads that other models have."""
-    model.peft_config[ADAPTER_NAME].modules_to_save = list(modules_to_save) if modules_to_save else None
+    config: Any = model.peft_config[ADAPTER_NAME]
+    config.modules_to_save = list(modules_to_save) if modules_to_save else None
 
 
 def refuse_other_adapters(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+from transformers import AutoTokenizer
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 
-PREFIX, SUFFIX = "base_model.model.", ".beft_bias"
+PREFIX, SUFFIX = "base_model.model.", ".beft_bias"  # of the names in an adapter's file, around a module's path
 # By the names that safetensors has for them: what holds a bias without rounding a delta away.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What Transformers, PEFT and safetensors raise on damaged files; these have no ancestor of their own.
@@ -115,9 +117,9 @@ def read_adapter(folder: Path) -> AdapterContent:
     remedy = "Take another checkpoint."
     if not folder.is_dir():
         raise MergeError(f"There is no folder {folder}: give the folder of an adapter that a BEFT run wrote.")
-    if not os.path.lexists(folder / "adapter_config.json"):
-        raise MergeError(f"{folder} holds no adapter_config.json: give the folder that a BEFT run wrote.")
-    config = read_json(folder / "adapter_config.json", remedy)
+    if not os.path.lexists(folder / ADAPTER_CONFIG_NAME):
+        raise MergeError(f"{folder} holds no {ADAPTER_CONFIG_NAME}: give the folder that a BEFT run wrote.")
+    config = read_json(folder / ADAPTER_CONFIG_NAME, remedy)
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     modules = config.get("modules_to_save") or []
     if kind != "BEFT":
@@ -129,7 +131,7 @@ def read_adapter(folder: Path) -> AdapterContent:
         ("modules_to_save", modules, isinstance(modules, list) and all(isinstance(each, str) for each in modules)),
     ):
         if not fits:
-            raise MergeError(f"{folder / 'adapter_config.json'} is damaged: its {name} is {value!r}. {remedy}")
+            raise MergeError(f"{folder / ADAPTER_CONFIG_NAME} is damaged: its {name} is {value!r}. {remedy}")
     weights = folder / ADAPTER_SAFE_WEIGHTS_NAME
     refuse_outside(weights, folder)
     try:
@@ -163,9 +165,28 @@ def read_adapter(folder: Path) -> AdapterContent:
     return AdapterContent(deltas, saved_whole, base)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file that others may read if the process's umask lets them.
+def load_tokenizer(base: str | Path, adapter: str | Path | None = None, **options: Any) -> Any:
+    """The tokenizer in the folder of an adapter, or else that of its base; `options` are those of `from_pretrained`.
 
-    `save_file` of safetensors (0.8) lets only its owner, and a server often runs as another user.
+    Raises:
+        OSError, ValueError: if it is not there, or damaged.
     """
+    name = adapter if adapter is not None and any(Path(adapter).glob("tokenizer*")) else base
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError):  # these say themselves what is wrong
+        raise
+    except DAMAGE as error:
+        raise ValueError(f"The tokenizer of {name} cannot be read ({first_line(error)}).") from error
+
+
+def let_others_read(file: Path, like: Path) -> None:
+    """Gives a file of PEFT's or Transformers' the mode of another one: safetensors (0.8) lets only the owner read it,
+    and a server often runs as another user.
+    """
+    shutil.copymode(like, file)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read if the process's umask lets them, see [`let_others_read`]."""
     file.write_bytes(save(dict(tensors), metadata))

@@ -15,8 +15,9 @@ from processes import Python
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from beft_trl.checkpoints import MANIFEST_FILE, mark_complete, refuse_foreign_pickles
+from beft_trl.checkpoints import MANIFEST_FILE, mark_complete
 from beft_trl.identity import spread
+from beft_trl.resume import refuse_foreign_pickles
 
 
 TESTS = Path(__file__).parent

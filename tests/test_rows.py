@@ -278,6 +278,12 @@ def test_a_token_that_the_model_does_not_have_is_named(make_trainer, kind):
         make_trainer(make_llama(), rows)
 
 
+def test_held_out_rows_that_are_called_train_are_not_looked_at_in_the_place_of_those_to_train_on(make_trainer):
+    rows = Dataset.from_list([{"input_ids": [3, 4], "labels": [-100, 4]}, TOKENS["below zero"]])
+    with pytest.raises(ValueError, match="Row 2 of the train dataset"):
+        make_trainer(make_llama(), rows, {"eval_dataset": {"train": rows.select([0])}})
+
+
 @pytest.mark.parametrize("term", ["auto", "value"])
 def test_labels_that_are_all_masked_are_refused_when_nothing_prepares_them(make_trainer, term):
     rows = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 8)

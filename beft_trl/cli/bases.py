@@ -44,7 +44,7 @@ def refuse_missing_model(name: str, revision: str = "main") -> None:
         return
     if os.path.normpath(name) == str(DEMO_MODEL):
         raise FileNotFoundError(f"The demo's model is not in {name} yet. Make it: python -m beft_trl.demo")
-    if not name or os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or os.path.exists(name):
+    if is_path(name):
         raise FileNotFoundError(f"model_name_or_path={name!r} is no folder. Give a folder, or a model of the hub.")
     try:
         cached_file(name, CONFIG_NAME, revision=revision)
@@ -53,6 +53,12 @@ def refuse_missing_model(name: str, revision: str = "main") -> None:
         raise OSError(
             f"model_name_or_path={name!r} is no folder here, and the hub gave no {CONFIG_NAME}: {reason}"
         ) from error
+
+
+def is_path(name: str) -> bool:
+    """Whether a name that is no folder cannot be one of the hub either."""
+    more_than_a_name = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return not name or more_than_a_name or os.path.exists(name)
 
 
 def base_skeleton(name: str, args: Any) -> Any:
@@ -130,11 +136,9 @@ def _check_files(files: CheckpointFiles, skeleton: Any) -> None:
     if getattr(skeleton.config, "quantization_config", None) is not None:
         return  # packed weights have names and sizes of their own
     modules = {site.module: site.has_bias for site in find_bias_sites(skeleton)}
-    if not any(files.has(module, "weight") for module in modules):
+    if not any(files.has_weight(module) for module in modules):
         return  # names that Transformers converts as it loads
     for module, has_bias in modules.items():
         for tensor in ("weight", "bias")[: 1 + has_bias]:
             files.entry(module, tensor)
-    embedding = next(name for name, module in skeleton.named_modules() if module is skeleton.get_input_embeddings())
-    if files.has(embedding, "weight"):
-        files.entry(embedding, "weight")
+    files.check_embedding()

@@ -264,8 +264,8 @@ def _largest_batch(trainer: BeftSFTTrainer, size: int) -> dict[str, torch.Tensor
 
 
 def _in_its_dtype(skeleton: Any, args: BeftSFTConfig, under_deepspeed: bool) -> nn.Module:
-    dtype: Any = (args.model_init_kwargs or {}).get("dtype") or "float32"
-    attention = (args.model_init_kwargs or {}).get("attn_implementation")
+    options: Any = args.model_init_kwargs or {}
+    dtype, attention = options.get("dtype") or "float32", options.get("attn_implementation")
     if attention is not None:  # as the weights are loaded, it is looked at
         check_attention(skeleton, attention)
     if dtype == "auto":

@@ -13,18 +13,16 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..engines import slow_16_bits
 from ..evaluation import OTHER, Evaluation, choices_of, completions_of, evaluate
 from ..tuner import load_adapter
-from ..weight_files import DAMAGE, first_line, read_adapter, read_json
+from ..weight_files import load_tokenizer, read_adapter, read_json
+from .bases import is_path
 from .data_files import read_file
 from .recipe import DTYPES, as_prompts
-
-
-MORE_THAN_A_NAME = ("/", ".", "~")  # how paths begin
 
 
 class Target(NamedTuple):
@@ -70,7 +68,7 @@ def evaluate_targets(
         dtype = "float32" if slow_16_bits(device) else "auto"
     prepared = []
     for target in targets:  # all of them before any weight is loaded
-        tokenizer = _tokenizer(target)
+        tokenizer = load_tokenizer(target.base, target.adapter)
         rows = _rows(found, tokenizer, test_file)
         choices_of(completions_of(rows), choices)
         prepared.append((target, tokenizer, rows))
@@ -129,20 +127,8 @@ def _refuse_no_model(name: str, before: str = "", remedy: str = "") -> None:
                 f"{before}{name} has no {CONFIG_NAME} and no {ADAPTER_CONFIG_NAME}: it is neither a model nor an "
                 f"adapter. {remedy}".strip()
             )
-    elif not name or name.startswith(MORE_THAN_A_NAME) or name.count("/") > 1 or os.path.exists(name):
+    elif is_path(name):
         raise FileNotFoundError(f"{before}{name!r} is no folder. {remedy}".strip())
-
-
-def _tokenizer(target: Target) -> Any:
-    """The tokenizer in the folder of the target, or that of its base."""
-    own = target.adapter is not None and any(Path(target.adapter).glob("tokenizer*"))
-    name = str(target.adapter) if own else target.base
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):  # these say themselves what is wrong
-        raise
-    except DAMAGE as error:
-        raise ValueError(f"The tokenizer of {name} cannot be read ({first_line(error)}).") from error
 
 
 def _rows(found: Dataset, tokenizer: Any, file: str) -> list[dict[str, Any]]:

@@ -5,28 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import AutoTokenizer
 from trl.data_utils import maybe_apply_chat_template
 
 from ..data.rows import prepare_rows
 from ..export.lora import LARGEST_ERROR, ExportReport
-from ..weight_files import read_adapter
+from ..weight_files import load_tokenizer, read_adapter
 from .data_files import read_file
 
 
 def read_texts(file: Path, adapter: Path, base: str | None) -> list[tuple[str, str]]:
     """The rows of a file as prompts and answers, in the words that the model is given.
 
-    Args:
-        file (`Path`): JSON, JSONL, CSV or Parquet, with prompt and completion, with messages, or with text.
-        adapter (`Path`): its folder, whose tokenizer has the chat template, or names the base.
-        base (`str`, *optional*): the base, if the adapter names none.
+    They have prompt and completion, messages, or text. The chat template is that of the adapter, or else of its base.
 
     Raises:
         ValueError: for rows of another format.
     """
-    own = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(adapter if own else base or read_adapter(adapter).base_model)
+    tokenizer = load_tokenizer(base or read_adapter(adapter).base_model or adapter, adapter)
     rows = prepare_rows(read_file(file))
     return [_as_text(row, tokenizer, file) for row in rows]
 

@@ -1,19 +1,19 @@
 """What an adapter's folder holds, for `beft info`."""
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .. import report
 from ..importance import SCORES_FILE, BiasScores, recorded_learning_rates
+from ..layout import TERMS, layer_index
 from ..weight_files import MergeError, first_line, read_adapter, read_json
 
 
-TERMS = ("query", "key", "value")
 REMEDY = "Take another checkpoint, or remove this file: the adapter can be told without it."
 
 
@@ -32,11 +32,11 @@ def adapter_report(folder: Path) -> Iterator[Table | Text]:
     scores, scores_table = _read_scores(folder / SCORES_FILE, trained)
     # Text, not str: names and paths may look like markup.
     table = Table("layer", "module", "size", "norm", "largest", title=Text(f"Deltas of {folder}"))
-    for path in sorted(deltas, key=_by_layer):
+    for layer, path in sorted((layer_index(path, default=0), path) for path in deltas):
         delta = deltas[path]
         # Of a fused matrix, the terms that are not trained are zero.
         table.add_row(
-            str(_by_layer(path)[0]), Text(path), f"{int(delta.count_nonzero()):,}", f"{delta.norm():.3e}",
+            str(layer), Text(path), f"{int(delta.count_nonzero()):,}", f"{delta.norm():.3e}",
             f"{delta.abs().max():.3e}",
         )  # fmt: skip
     yield table
@@ -53,7 +53,7 @@ def adapter_report(folder: Path) -> Iterator[Table | Text]:
     if scores_table is not None:
         yield scores_table
     versions = dict(scores.versions) if scores else {}
-    config = read_json(folder / "adapter_config.json", REMEDY)
+    config = read_json(folder / ADAPTER_CONFIG_NAME, REMEDY)
     versions.setdefault("peft", str(config.get("peft_version", "not recorded")))
     yield Text("Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".")
 
@@ -74,8 +74,3 @@ def _read_scores(file: Path, trained: int) -> tuple[BiasScores | None, Table | N
         return scores, report.scores_table(scores, trained, None, recorded_learning_rates(file))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise MergeError(f"{file} is damaged: its scores make no table ({first_line(error)}). {REMEDY}") from error
-
-
-def _by_layer(path: str) -> tuple[int, str]:
-    index = re.search(r"\.(\d+)\.", path)
-    return (int(index[1]) if index else 0), path

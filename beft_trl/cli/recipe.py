@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from transformers.trainer_utils import IntervalStrategy
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 from trl.scripts.utils import DatasetConfig
 
@@ -325,10 +326,11 @@ def held_out_rows(
         ValueError: if the run wants to evaluate or to answer held-out rows, and there are none that it could.
     """
     held_out = rows.get(split_names(script_args)[1])
-    if held_out is None and (training_args.eval_strategy != "no" or training_args.eval_on_start):
+    strategy = IntervalStrategy(training_args.eval_strategy)
+    if held_out is None and (strategy != "no" or training_args.eval_on_start):
         raise ValueError(
-            f"eval_strategy={training_args.eval_strategy.value!r} with eval_on_start={training_args.eval_on_start} "
-            f"needs held-out rows: give test_file, or a dataset_test_split among {', '.join(rows)}, or set "
+            f"eval_strategy={strategy.value!r} with eval_on_start={training_args.eval_on_start} needs "
+            f"held-out rows: give test_file, or a dataset_test_split among {', '.join(rows)}, or set "
             "eval_strategy='no' and eval_on_start=False."
         )
     if script_args.answers:

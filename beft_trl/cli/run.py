@@ -11,7 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import get_quantization_config
 
 from .. import report
@@ -21,7 +21,7 @@ from ..evaluation import completions_of, share_equal, text_of, write
 from ..importance import SCORE_OF_METHOD, SCORES_FILE, BiasScores, rank
 from ..layout import TERMS
 from ..trainer import BeftSFTTrainer
-from ..weight_files import DAMAGE, first_line
+from ..weight_files import load_tokenizer
 from .bases import base_skeleton, check_weights, refuse_missing_model
 from .recipe import Recipe, held_out_rows, load_rows, parse_recipe, split_names
 
@@ -65,16 +65,11 @@ def load_data(recipe: Recipe) -> Data:
     Raises:
         OSError, ValueError: for what is missing or cannot be read.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            recipe.base_model,
-            revision=recipe.model.model_revision,
-            trust_remote_code=recipe.training.trust_remote_code,
-        )
-    except (OSError, ValueError):  # these say themselves what is wrong
-        raise
-    except DAMAGE as error:
-        raise ValueError(f"The tokenizer of {recipe.base_model} cannot be read ({first_line(error)}).") from error
+    tokenizer = load_tokenizer(
+        recipe.base_model,
+        revision=recipe.model.model_revision,
+        trust_remote_code=recipe.training.trust_remote_code,
+    )
     rows = load_rows(recipe.script, recipe.dataset, chat=tokenizer.chat_template is not None)
     return Data(tokenizer, rows[split_names(recipe.script)[0]], held_out_rows(rows, recipe.script, recipe.training))
 

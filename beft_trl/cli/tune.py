@@ -180,9 +180,10 @@ def _tune(
     main = trainer.accelerator.is_main_process
     args, asked = trainer.args, trainer.args.bias_term
     steps = run_steps(trainer)
-    splits = split_rows([class_of(row) for row in labelled_rows(trainer, trainer.train_dataset)], folds, args.seed)
+    labelled = labelled_rows(trainer, trainer.train_dataset)
+    splits = split_rows([class_of(row) for row in labelled], folds, args.seed)
     about = identify_run(trainer.model.get_base_model(), args, trainer.train_dataset, trainer._base)
-    bench = Bench(trainer, splits)
+    bench = Bench(trainer, splits, labelled)
     rate = args.relative_learning_rate if args.relative_learning_rate is not None else args.learning_rate
     default = Settings(asked, args.bias_layers, rate, steps)
     ranking = _ranking(bench, default, splits[0], folder) if asked == "auto" else []
@@ -190,7 +191,7 @@ def _tune(
     space = space_around(default, ranking, bench.sites)
     folder.mkdir(parents=True, exist_ok=True)
     url = storage or f"sqlite:///{folder / STUDY_FILE}"
-    study = open_study(url, {**about, "space": space, "folds": folds}, args.seed) if main else None
+    study = open_study(url, {**about, "space": space, "folds": folds}) if main else None
     console = Console(highlight=False)
     result = _Result(folder, values, _judged_by(splits), args.relative_learning_rate is not None)
     with Progress(console if main else None, trials, minutes) as progress:

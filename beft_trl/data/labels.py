@@ -13,6 +13,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from ..compat.engines import whole_shape
+
 
 logger = get_logger(__name__)
 
@@ -75,6 +77,20 @@ def check_tokens(
         offset += len(batch)
     if not learnt:
         raise ValueError(f"None of the {len(dataset)} rows of the {name} dataset has a token to learn from: {MASKED}")
+
+
+def check_tokens_of(trainer: Any) -> None:
+    """Refuses rows of a trainer, to train on and held out, with [`check_tokens`]."""
+    vocabulary = whole_shape(trainer.model.get_input_embeddings().weight)[0]
+    positions = position_limit(trainer.model.get_base_model())
+    for name, rows in datasets_of(trainer):
+        check_tokens(rows, name, vocabulary, positions, getattr(trainer.args, "max_length", None))
+
+
+def datasets_of(trainer: Any) -> list[tuple[str, Any]]:
+    """The datasets of a trainer that there are, to train on and held out, with their names."""
+    held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    return [(name, rows) for name, rows in (("train", trainer.train_dataset), *held_out.items()) if rows is not None]
 
 
 def _longest(batch: Any, columns: list[str], max_length: int | None) -> int:
@@ -147,14 +163,7 @@ def _learnt(row: dict[str, Any]) -> bool:
 
 
 def refuse_too_few_rows(trainer: Any) -> None:
-    """Refuses rows that `dataloader_drop_last` would leave out, all of them.
-
-    Args:
-        trainer (`Trainer`): with its rows prepared.
-
-    Raises:
-        ValueError: with the number of rows, and that of a batch.
-    """
+    """Raises ValueError for prepared rows of a trainer that `dataloader_drop_last` would leave out, all of them."""
     args, rows = trainer.args, trainer.train_dataset
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < batch:

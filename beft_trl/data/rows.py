@@ -1,7 +1,7 @@
 """The rows that a run is given: in a format of TRL's, with text in every cell that is learnt, and no turn lost."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -317,7 +317,12 @@ def explain_unrendered(dataset: Any, name: str, tokenizer: Any, template: str | 
 
 def render(turns: list, row: dict[str, Any], tokenizer: Any, template: str | None, **options: Any) -> str:
     """The text of a conversation, as TRL renders it."""
-    tools = row.get("tools")
-    options |= {"chat_template": template, "tools": json.loads(tools) if isinstance(tools, str) else tools}
-    options |= row.get("chat_template_kwargs") or {}
+    options |= {"chat_template": template, **template_options(row)}
     return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template is given of a row next to its turns, as TRL gives it."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}

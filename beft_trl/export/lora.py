@@ -16,10 +16,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from ..evaluation import NEW_TOKENS, encode_text
 from ..identity import identify_base
 from ..layout import find_bias_sites
 from ..merge.base import check_fit, find_base, load_model, read_config, refuse_other_shapes
@@ -27,14 +27,13 @@ from ..merge.gguf import convert_lora, find_converter
 from ..merge.output import check_output, whole_or_nothing
 from ..merge.verify import with_adapter
 from ..tuner import CAUSAL_LM, task_ending
-from ..weight_files import DAMAGE, MergeError, first_line, read_adapter, write_tensors
+from ..weight_files import PREFIX, MergeError, first_line, load_tokenizer, read_adapter, write_tensors
 from .unit_vectors import HELD_OUT, KEPT_TEXTS, UnitVectors, fit_unit_vectors
 
 
 # What an export may be off by: of the vectors in any layer, on texts that were not fitted, and of the loss in nats.
 LARGEST_ERROR, LARGEST_LOSS = 0.1, 0.02
 EXACT_DIFFERENCE = 1e-4  # of a logit, relative to the largest, that rounding in fp32 explains after a LayerNorm
-NEW_TOKENS = 8
 REPORT_FILE = "beft_export.json"
 GGUF_FILE = "adapter_model.gguf"
 FORMATS = ("lora", "gguf")
@@ -154,18 +153,11 @@ def export_lora(
 def _encode(texts: Sequence[tuple[str, str]], adapter: Path, base: Path) -> list[tuple[list[int], int]]:
     """The texts as tokens, and how many of them are the prompt; those of a single token are left out."""
     try:
-        own = (adapter / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if own else base)
-    except DAMAGE as error:
-        raise MergeError(
-            f"The tokenizer in {adapter if own else base} does not load ({first_line(error)}). Put the base's there."
-        ) from error
-    encoded = []
-    for prompt, answer in texts:
-        start, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
-        if len(whole) > 1:
-            encoded.append((whole, min(len(start), len(whole) - 1)))
-    return encoded
+        tokenizer = load_tokenizer(base, adapter)
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{first_line(error)} Put the base's tokenizer into {adapter}.") from error
+    encoded = [encode_text(tokenizer, prompt, prompt + answer) for prompt, answer in texts]
+    return [(tokens, min(start, len(tokens) - 1)) for tokens, start in encoded if len(tokens) > 1]
 
 
 def _shared_vectors(
@@ -191,8 +183,8 @@ def _shared_vectors(
 def _write(folder: Path, deltas: dict[str, Tensor], shared: UnitVectors, model: Any, base: str) -> None:
     tensors = {}
     for path, delta in deltas.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = shared.vectors[path][None].contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = delta[:, None].contiguous()
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = shared.vectors[path][None].contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = delta[:, None].contiguous()
     transposed = {isinstance(model.get_submodule(path), Conv1D) for path in deltas}
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -223,10 +215,8 @@ def _targets(paths: list[str]) -> dict[str, Any]:
 def _loaded(base: Any, folder: Path, deltas: dict[str, Tensor]) -> PeftModel:
     """The LoRA as PEFT loads it, with a layer for each delta and no other."""
     model = PeftModel.from_pretrained(base, str(folder))
-    layers = {
-        name.removeprefix("base_model.model.") for name, each in model.named_modules() if isinstance(each, LoraLayer)
-    }
-    stored = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in get_peft_model_state_dict(model)}
+    layers = {name.removeprefix(PREFIX) for name, each in model.named_modules() if isinstance(each, LoraLayer)}
+    stored = {name.split(".lora_")[0].removeprefix(PREFIX) for name in get_peft_model_state_dict(model)}
     if not layers == stored == set(deltas):
         other = min(layers ^ set(deltas))
         raise MergeError(

@@ -2,23 +2,14 @@
 
 import copy
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ..layout import find_bias_sites
-from ..weight_files import (
-    AGAIN,
-    AdapterContent,
-    MergeError,
-    first_line,
-    read_adapter,
-    read_json,
-)
+from ..weight_files import AGAIN, AdapterContent, MergeError, first_line, let_others_read, read_adapter, read_json
 from .base import check_fit, find_base, load_model, read_config, refuse_other_shapes, skeleton_in
 from .checkpoint_files import CheckpointFiles, xxh3
 from .gguf import convert_model, find_converter
@@ -134,7 +125,8 @@ def merge_adapter(
     report.rule = plan.rule
     with whole_or_nothing(output) as partial:
         copy_files(files, partial)
-        _check_tokenizer(partial, plan.config, _embedding_rows(skeleton, checkpoint), adapter)
+        checkpoint.check_embedding()
+        _check_tokenizer(partial, plan.config, len(skeleton.get_input_embeddings().weight), adapter)
         loaded_in = config.dtype if isinstance(config.dtype, torch.dtype) else None
         written = checkpoint.copy_with(plan.add, create, partial, link, loaded_in)
         report.changed, report.added, report.base_hashes, dtypes = written
@@ -149,23 +141,10 @@ def merge_adapter(
     return report
 
 
-def _embedding_rows(skeleton: Any, checkpoint: CheckpointFiles) -> int:
-    """Rows of the base's embedding: those of its configuration, which its files must have, too."""
-    embedding = skeleton.get_input_embeddings()
-    path = next(path for path, module in skeleton.named_modules() if module is embedding)
-    if checkpoint.has(path, "weight"):
-        checkpoint.entry(path, "weight")
-    return len(embedding.weight)
-
-
 def _check_tokenizer(partial: Path, config: PreTrainedConfig, rows: int, adapter: Path) -> None:
-    """Refuses a tokenizer with tokens that the merged model has no embedding for, and one that does not load.
+    """Refuses a tokenizer with tokens beyond the `rows` of the merged model's embedding, and one that does not load.
 
-    Args:
-        partial (`Path`): the merged model's folder, with its tokenizer's files and no weights.
-        config (`PreTrainedConfig`): of the merged model.
-        rows (`int`): of its embedding.
-        adapter (`Path`): the adapter's folder, whose tokenizer came over the base's.
+    It is in `partial`, the merged model's folder, and came from `adapter` or, if that has none, from the base.
     """
     if not any(path for pattern in TOKENIZER_FILES for path in partial.glob(pattern)):
         return
@@ -230,7 +209,7 @@ def _merge_task_model(content: AdapterContent, adapter: Path, base: Path, partia
     merged.load_state_dict(content.saved_whole, strict=False)
     merged.save_pretrained(partial)
     for file in partial.glob("*.safetensors"):
-        shutil.copymode(partial / CONFIG_NAME, file)  # safetensors (0.8) lets only the owner read them
+        let_others_read(file, like=partial / CONFIG_NAME)
     report.rule = "The deltas are added to the model's own biases, and the head that was trained is put in."
     report.added = sorted(loading["missing_keys"])
     moved = {name for name, values in content.saved_whole.items() if not torch.equal(values, before[name])}

@@ -81,12 +81,19 @@ class CheckpointFiles:
             "model with Transformers and write it with save_pretrained first."
         )
 
-    def has(self, path: str, tensor: str) -> bool:
-        """Whether the files hold a tensor of the module at `path`, as far as its name tells."""
+    def has_weight(self, path: str) -> bool:
+        """Whether the files hold the weight of the module at `path`, as far as its name tells."""
         try:
-            return self.name(path, tensor) in self.file_of
+            return self.name(path, "weight") in self.file_of
         except MergeError:
             return False
+
+    def check_embedding(self) -> None:
+        """Raises MergeError if the files hold the embedding, and in another shape than the configuration says."""
+        embedding = self._skeleton.get_input_embeddings()
+        path = next(path for path, module in self._skeleton.named_modules() if module is embedding)
+        if self.has_weight(path):
+            self.entry(path, "weight")
 
     def tensor(self, path: str, tensor: str) -> Tensor:
         name, _ = self.entry(path, tensor)
@@ -239,9 +246,9 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def xxh3(file: Path, size: int = 1 << 22) -> str:
-    """The xxh3-128 of a file, read `size` bytes at a time."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(size))
+def xxh3(file: Path) -> str:
+    """The xxh3-128 of a file, read 4 MiB at a time."""
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 22))
     with open(file, "rb", buffering=0) as reading:
         while count := reading.readinto(buffer):
             digest.update(buffer[:count])

@@ -84,13 +84,12 @@ class Soup:
         return mean_loss(all_rows(self.rows))
 
 
-def open_study(storage: str, about: dict[str, Any], seed: int) -> Any:
+def open_study(storage: str, about: dict[str, Any]) -> Any:
     """The study in a database, which is made if there is none.
 
     Args:
         storage (`str`): URL of the database, as SQLAlchemy takes it.
         about (`dict`): what makes trials comparable: base, rows, settings that are not searched, space.
-        seed (`int`): of the sampler.
 
     Raises:
         ValueError: for a URL that is no database, or a study of something else.

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
+from ..data.labels import IGNORED
 from ..deltas import gather_deltas, set_deltas
-from ..evaluation import IGNORED, RowLoss, mean_loss, row_losses
+from ..evaluation import RowLoss, mean_loss, row_losses
 from ..frozen_cache import FrozenLayersCache
 from ..layout import BiasSite, find_bias_sites
 from ..trainer import BeftSFTTrainer
@@ -67,9 +68,12 @@ class Bench:
     Args:
         trainer (`BeftSFTTrainer`): untrained. Its adapter is taken off, so that it is of no use any more.
         folds (`Sequence[Fold]`): the rows to learn from and to judge by.
+        labelled (`Sequence`, *optional*): what [`labelled_rows`] gave for the trainer's rows, if it was asked already.
     """
 
-    def __init__(self, trainer: BeftSFTTrainer, folds: Sequence[Fold]):
+    def __init__(
+        self, trainer: BeftSFTTrainer, folds: Sequence[Fold], labelled: Sequence[Mapping[str, Any]] | None = None
+    ):
         self.args = copy.copy(trainer.args)
         self.rows: Dataset = trainer.train_dataset
         self.test: Dataset | None = trainer.eval_dataset
@@ -80,7 +84,8 @@ class Bench:
         self.accelerator = trainer.accelerator
         self.folds = folds
         self.looks = LOOKS if len(folds) == 1 else len(folds)  # at the loss of a trial that is not stopped
-        labelled = labelled_rows(trainer, self.rows)
+        if labelled is None:
+            labelled = labelled_rows(trainer, self.rows)
         self.development = [[labelled[number] for number in fold.development] for fold in folds]
         self.tested = labelled_rows(trainer, self.test) if isinstance(self.test, Dataset) else []
         self._caches: dict[int, FrozenLayersCache] = {}  # by the lowest trained layer
