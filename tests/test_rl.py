@@ -336,6 +336,35 @@ def test_rewards_of_a_wrong_kind_are_named(values, asynchronous, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("given", [3, [short_answers, 3], (short_answers,), [None]], ids=str)
+def test_what_gives_no_reward_is_refused(given, tmp_path):
+    with pytest.raises(TypeError, match="reward_funcs has .*gives no reward. Give a function"):
+        make("GRPO", tmp_path, reward_funcs=given)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_prompts_that_leave_no_position_for_an_answer_are_named(kind, turns, tmp_path):
+    """OPT has 64 positions, answers have up to 6 tokens, and the template writes a word for the end of each turn."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} w0 {% endfor %}"
+    words = lambda count: " ".join(["w1"] * (count - turns))  # noqa: E731
+    rows = [words(58), words(59)]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}] if turns else text} for text in rows])
+    trainer, config = {"GRPO": (BeftGRPOTrainer, BeftGRPOConfig), "RLOO": (BeftRLOOTrainer, BeftRLOOConfig)}[kind]
+    settings = COMMON | {"bias_term": "value", "num_generations": 2, "max_completion_length": 6, "max_steps": 1}
+
+    def make_with(rows):
+        args = config(str(tmp_path), **settings)
+        return trainer(make_opt(), short_answers, args=args, train_dataset=rows, processing_class=tokenizer)
+
+    with pytest.raises(
+        ValueError, match="row 2 of the train .* 59 tokens.*max_completion_length=6.*65 in all.*64 pos"
+    ):
+        make_with(rows)
+    make_with(rows.select([0])).train()
+
+
 def test_a_tied_head_is_not_cast(tmp_path):
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True.*tied"):
         make("GRPO", tmp_path, make_llama(tie_word_embeddings=True), settings={"cast_lm_head_to_fp32": True})
@@ -598,11 +627,23 @@ def test_the_example_of_rewards_says_if_they_teach_nothing(demo):
 
 
 def test_the_rewards_of_the_example():
+    """A fifth for a wrong one of six, so that a guess is worth nothing in the mean."""
     example = runpy.run_path(str(EXAMPLES / "grpo.py"))
-    answers = ["Billing", "Sales", " Billing ", "Billing!!!!!!!", "Billing or Sales", "I do not know"]
-    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
-    assert example["names_a_team"](completions) == pytest.approx([0.3, 0.3, 0.3, 0.15, 0, 0])
-    assert example["names_the_right_team"](completions, team=["Billing"] * 6) == pytest.approx([1, 0, 1, 0.5, 0, 0])
+    answers = [" Billing", " Sales\nWhere is", " Billing\n", " Billing team", " I do not know", ""]
+    assert example["right_team"](answers, team=["Billing"] * 6) == [1, -0.2, 1, 0, 0, 0]
+    assert sum(example["right_team"](example["TEAMS"], team=["Sales"] * 6)) == pytest.approx(0)
+
+
+def test_no_answer_that_is_to_be_learnt_stands_in_a_prompt_of_the_example():
+    example = runpy.run_path(str(EXAMPLES / "grpo.py"))
+    rows = Dataset.from_json(str(EXAMPLES / "data" / "support_train.jsonl"))
+    shown, rest = example["split"](rows)
+    assert len(shown) == 3 and len(shown) + len(rest) == len(rows) == 126
+    for row, given in zip(rest, example["prompts"](rest, shown), strict=True):
+        _, *solved, asked = given["prompt"].splitlines()
+        assert asked == f"{row['prompt'][-1]['content']} ->" and given["team"] == row["completion"][0]["content"]
+        assert [line.partition(" -> ")[2] for line in solved] == [each["completion"][0]["content"] for each in shown]
+        assert row["prompt"][-1]["content"] not in "".join(solved)
 
 
 def test_turns_by_the_names_of_sharegpt_are_learnt(tmp_path):
