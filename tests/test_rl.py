@@ -349,20 +349,22 @@ def test_prompts_that_leave_no_position_for_an_answer_are_named(kind, turns, tmp
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} w0 {% endfor %}"
     words = lambda count: " ".join(["w1"] * (count - turns))  # noqa: E731
-    rows = [words(58), words(59)]
+    rows = [*[words(58)] * 4, words(59)]
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}] if turns else text} for text in rows])
     trainer, config = {"GRPO": (BeftGRPOTrainer, BeftGRPOConfig), "RLOO": (BeftRLOOTrainer, BeftRLOOConfig)}[kind]
     settings = COMMON | {"bias_term": "value", "num_generations": 2, "max_completion_length": 6, "max_steps": 1}
 
+    def count(completions, **columns):
+        return [float(number) for number in range(len(completions))]
+
     def make_with(rows):
         args = config(str(tmp_path), **settings)
-        return trainer(make_opt(), short_answers, args=args, train_dataset=rows, processing_class=tokenizer)
+        return trainer(make_opt(), count, args=args, train_dataset=rows, processing_class=tokenizer)
 
-    with pytest.raises(
-        ValueError, match="row 2 of the train .* 59 tokens.*max_completion_length=6.*65 in all.*64 pos"
-    ):
+    message = "row 5 of the train dataset has 59 tokens.*max_completion_length=6.*65 in all.*64 positions"
+    with pytest.raises(ValueError, match=message):
         make_with(rows)
-    make_with(rows.select([0])).train()
+    make_with(rows.select(range(4))).train()
 
 
 def test_a_tied_head_is_not_cast(tmp_path):
