@@ -15,8 +15,18 @@ def checked_rewards(functions: Any) -> Any:
     zero in GRPO, and 3e38 in RLOO.
 
     Args:
-        functions: `reward_funcs` of a trainer, one or a list. Models, names and other objects are passed on.
+        functions: `reward_funcs` of a trainer, one or a list. Models, names and other objects that can be called are
+            passed on, and so is `None`, of which TRL says what it asks for.
+
+    Raises:
+        TypeError: for what is neither.
     """
+    for each in functions if isinstance(functions, list) else [functions]:
+        if not (each is None and functions is None or isinstance(each, str) or callable(each)):
+            raise TypeError(
+                f"reward_funcs has {each!r:.80}, which is {type(each).__name__} and gives no reward. Give a function, "
+                "a reward model or the name of one, or a list of them."
+            )
     return [_checked(each) for each in functions] if isinstance(functions, list) else _checked(functions)
 
 

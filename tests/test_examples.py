@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_llama, make_tokenizer
+from datasets import Dataset
 from safetensors.torch import load_file
 
 
@@ -55,8 +56,20 @@ def test_the_example_of_rewards_says_if_they_teach_nothing(demo):
 
 
 def test_the_rewards_of_the_example():
+    """A fifth for a wrong one of six, so that a guess is worth nothing in the mean."""
     example = runpy.run_path(str(EXAMPLES / "grpo.py"))
-    answers = ["Billing", "Sales", " Billing ", "Billing!!!!!!!", "Billing or Sales", "I do not know"]
-    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
-    assert example["names_a_team"](completions) == pytest.approx([0.3, 0.3, 0.3, 0.15, 0, 0])
-    assert example["names_the_right_team"](completions, team=["Billing"] * 6) == pytest.approx([1, 0, 1, 0.5, 0, 0])
+    answers = [" Billing", " Sales\nWhere is", " Billing\n", " Billing team", " I do not know", ""]
+    assert example["right_team"](answers, team=["Billing"] * 6) == [1, -0.2, 1, 0, 0, 0]
+    assert sum(example["right_team"](example["TEAMS"], team=["Sales"] * 6)) == pytest.approx(0)
+
+
+def test_no_answer_that_is_to_be_learnt_stands_in_a_prompt_of_the_example():
+    example = runpy.run_path(str(EXAMPLES / "grpo.py"))
+    rows = Dataset.from_json(str(EXAMPLES / "data" / "support_train.jsonl"))
+    shown, rest = example["split"](rows)
+    assert len(shown) == 3 and len(shown) + len(rest) == len(rows) == 126
+    for row, given in zip(rest, example["prompts"](rest, shown), strict=True):
+        _, *solved, asked = given["prompt"].splitlines()
+        assert asked == f"{row['prompt'][-1]['content']} ->" and given["team"] == row["completion"][0]["content"]
+        assert [line.partition(" -> ")[2] for line in solved] == [each["completion"][0]["content"] for each in shown]
+        assert row["prompt"][-1]["content"] not in "".join(solved)

@@ -5,15 +5,13 @@ import math
 import architectures
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_opt, make_tokenizer
+from datasets import Dataset
 from rl_trainers import BATCH, COMMON, TRAINERS, make, make_grpo, prompts, short_answers
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
-from beft_trl import (
-    BeftGRPOConfig,
-    BeftGRPOTrainer,
-)
+from beft_trl import BeftGRPOConfig, BeftGRPOTrainer, BeftRLOOConfig, BeftRLOOTrainer
 from beft_trl.compat.rollouts import send_only_biases
 
 
@@ -69,6 +67,37 @@ def test_rewards_of_a_wrong_kind_are_named(values, asynchronous, tmp_path):
     trainer = make("GRPO", tmp_path, reward_funcs=[async_of(values) if asynchronous else reward])
     with pytest.raises((TypeError, ValueError), match=r"\breward returned\b"):
         trainer.train()
+
+
+@pytest.mark.parametrize("given", [3, [short_answers, 3], (short_answers,), [None]], ids=str)
+def test_what_gives_no_reward_is_refused(given, tmp_path):
+    with pytest.raises(TypeError, match="reward_funcs has .*gives no reward. Give a function"):
+        make("GRPO", tmp_path, reward_funcs=given)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_prompts_that_leave_no_position_for_an_answer_are_named(kind, turns, tmp_path):
+    """OPT has 64 positions, answers have up to 6 tokens, and the template writes a word for the end of each turn."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} w0 {% endfor %}"
+    words = lambda count: " ".join(["w1"] * (count - turns))  # noqa: E731
+    rows = [*[words(58)] * 4, words(59)]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}] if turns else text} for text in rows])
+    trainer, config = {"GRPO": (BeftGRPOTrainer, BeftGRPOConfig), "RLOO": (BeftRLOOTrainer, BeftRLOOConfig)}[kind]
+    settings = COMMON | {"bias_term": "value", "num_generations": 2, "max_completion_length": 6, "max_steps": 1}
+
+    def count(completions, **columns):
+        return [float(number) for number in range(len(completions))]
+
+    def make_with(rows):
+        args = config(str(tmp_path), **settings)
+        return trainer(make_opt(), count, args=args, train_dataset=rows, processing_class=tokenizer)
+
+    message = "row 5 of the train dataset has 59 tokens.*max_completion_length=6.*65 in all.*64 positions"
+    with pytest.raises(ValueError, match=message):
+        make_with(rows)
+    make_with(rows.select(range(4))).train()
 
 
 def test_a_tied_head_is_not_cast(tmp_path):

@@ -8,6 +8,7 @@ from statistics import fmean, geometric_mean, stdev
 
 import cost
 import defaults
+import grpo
 import quality
 import records
 import selection
@@ -35,8 +36,7 @@ def draw_quality(arms: dict[str, list[dict]], axes: Axes) -> None:
     names = sorted(losses, key=lambda arm: fmean(losses[arm]))
     for row, arm in enumerate(names):
         spread = stdev(losses[arm]) if len(losses[arm]) > 1 else 0.0
-        color = next((color for kind, color in KINDS.items() if arm.startswith(kind)), "tab:grey")
-        axes.errorbar(fmean(losses[arm]), row, xerr=spread, fmt="o", color=color, capsize=3)
+        axes.errorbar(fmean(losses[arm]), row, xerr=spread, fmt="o", color=color_of(arm), capsize=3)
     axes.set_yticks(range(len(names)), [f"{arm} ({arms[arm][0]['trainable']:,})" for arm in names], fontsize=7)
     axes.invert_yaxis()
     axes.set(xlabel="loss on the test rows")
@@ -81,6 +81,33 @@ def draw_cost(arms: dict[str, list[dict]], axes: Axes) -> None:
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set(xlabel="step time, of a frozen forward and backward pass")
+
+
+def draw_rewards(arms: dict[str, list[dict]], axes: Axes) -> None:
+    """Mean reward of the answers over the steps, five at a time, a line for each seed."""
+    for arm, lines in arms.items():
+        for seed, line in enumerate(lines):
+            rewards = line["rewards"]
+            means = [fmean(rewards[max(0, step - 4) : step + 1]) for step in range(len(rewards))]
+            axes.plot(range(1, len(means) + 1), means, color=color_of(arm), label=None if seed else arm)
+    axes.set(xlabel="steps", ylabel="mean reward of an answer")
+    axes.legend(fontsize=7)
+
+
+def draw_accuracies(arms: dict[str, list[dict]], axes: Axes) -> None:
+    """Share of held-out messages with the right team over the steps, a line for each seed."""
+    for arm, lines in arms.items():
+        for seed, line in enumerate(lines):
+            steps = [int(step) for step in line["accuracy"]]
+            label = None if seed else f"{arm} ({line['trainable']:,})"
+            axes.plot(steps, list(line["accuracy"].values()), "o-", color=color_of(arm), label=label, markersize=3)
+    axes.axhline(1 / 6, color="tab:grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="steps", ylabel="held-out accuracy", ylim=(0, 1))
+    axes.legend(fontsize=7)
+
+
+def color_of(arm: str) -> str:
+    return next((color for kind, color in KINDS.items() if arm.startswith(kind)), "tab:grey")
 
 
 def save(name: str, titles: list[str], draw, rows: int = 1) -> None:
@@ -128,6 +155,10 @@ def main() -> None:
         for model in dict.fromkeys(shape[0] for shape in shapes)
     }
     save("cost", list(first), lambda title, axes: draw_cost(first[title], axes))
+
+    learnt = grpo.best_runs(records.RESULTS / "grpo.jsonl")
+    pictures = {"rewards": draw_rewards, "held-out messages": draw_accuracies} if learnt else {}
+    save("grpo", list(pictures), lambda title, axes: pictures[title](learnt, axes))
 
 
 if __name__ == "__main__":

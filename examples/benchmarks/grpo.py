@@ -1,0 +1,145 @@
+"""What rewards teach one bias, next to LoRA r=8 with as many answers: accuracy and mean reward over the steps.
+
+python examples/benchmarks/grpo.py              # all runs, appended to results/grpo.jsonl
+python examples/benchmarks/grpo.py --report     # the table of what is in the file
+
+Task, prompts and reward are those of examples/grpo.py, and the settings are its recipe's but for the learning rate of
+LoRA. Of LoRA's rates the one with the largest mean reward over the last ten steps stands in table and picture, for all
+seeds together: no held-out message has a say in it. A run that the file holds already is passed over.
+"""
+
+import argparse
+import runpy
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+
+import records
+import yaml
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from beft_trl import BeftGRPOConfig, BeftGRPOTrainer
+
+
+EXAMPLES = Path(__file__).parents[1]
+RATES = {"BEFT": [None], "LoRA r=8": [1e-4, 3e-4, 1e-3]}  # `None`: the recipe's
+SEEDS = [0, 1, 2]
+EVERY, LAST = 10, 10  # steps between two looks at the held-out messages, and those of which rewards are compared
+
+
+def main(arguments: argparse.Namespace) -> None:
+    done = [key(line) for line in records.read(arguments.results)]
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            for rate in arguments.rates if arguments.rates and RATES[arm] != [None] else RATES[arm]:
+                line = {"arm": arm, "learning_rate": rate, "seed": seed, "steps": arguments.steps}
+                if key(line) not in done:
+                    line |= run(arguments.model, arm, rate, seed, arguments.steps)
+                    records.append(arguments.results, line)
+                    print(*key(line), line["accuracy"], f"{line['seconds']:.0f} s", flush=True)
+
+
+def key(line: dict) -> tuple:
+    return line["arm"], line["learning_rate"], line["seed"], line["steps"]
+
+
+def run(model: str, arm: str, rate: float | None, seed: int, steps: int | None) -> dict:
+    example = runpy.run_path(str(EXAMPLES / "grpo.py"))
+    recipe = yaml.safe_load((EXAMPLES.parent / "recipes" / "rl" / "grpo.yaml").read_text(encoding="utf-8"))
+    train, test = (
+        load_dataset("json", data_files=recipe[f"{part}_file"], split="train") for part in ("train", "test")
+    )
+    shown, rest = example["split"](train)
+    held_out = example["prompts"](test, shown)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config = GRPOConfig if rate else BeftGRPOConfig
+    settings = {each.name: recipe[each.name] for each in fields(config) if each.name in recipe}
+    settings |= {"seed": seed, "disable_tqdm": True, "model_init_kwargs": {"dtype": recipe["dtype"]}}
+    settings |= {"learning_rate": rate} if rate else {}
+    settings |= {"max_steps": steps} if steps else {}
+    with tempfile.TemporaryDirectory() as folder:
+        given = {
+            "reward_funcs": example["right_team"],
+            "args": config(**settings | {"output_dir": folder, "use_cpu": True}),
+            "train_dataset": example["prompts"](rest, shown),
+            "processing_class": tokenizer,
+        }
+        if rate:
+            adapter = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+            trainer = GRPOTrainer(model, peft_config=adapter, **given)
+        else:
+            trainer = BeftGRPOTrainer(model, **given)
+        look = Look(lambda: example["accuracy"](trainer.model, tokenizer, held_out))
+        look.accuracy[0] = look.measure()
+        trainer.add_callback(look)
+        started, computed = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds, computed = time.perf_counter() - started, time.process_time() - computed
+    return {
+        "seconds": round(seconds - look.seconds, 1),
+        "cpu_seconds": round(computed - look.cpu_seconds, 1),
+        "answers": settings["per_device_train_batch_size"] * trainer.state.global_step,
+        "trainable": sum(each.numel() for each in trainer.model.parameters() if each.requires_grad),
+        "accuracy": look.accuracy,
+        "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
+    }
+
+
+class Look(TrainerCallback):
+    """Notes the held-out accuracy by step, and what it takes."""
+
+    def __init__(self, measure):
+        self.measure, self.accuracy = measure, {}
+        self.seconds = self.cpu_seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % EVERY == 0 or state.global_step == state.max_steps:
+            started, computed = time.perf_counter(), time.process_time()
+            self.accuracy[state.global_step] = self.measure()
+            print(f"Step {state.global_step}: held-out accuracy {self.accuracy[state.global_step]:.3f}", flush=True)
+            self.seconds += time.perf_counter() - started
+            self.cpu_seconds += time.process_time() - computed
+
+
+def best_runs(results: Path) -> dict[str, list[dict]]:
+    """The runs of each arm at its best learning rate."""
+    lines = defaultdict(lambda: defaultdict(list))
+    for line in records.read(results):
+        lines[line["arm"]][line["learning_rate"]].append(line)
+    return {arm: max(rates.values(), key=last_reward) for arm, rates in lines.items()}
+
+
+def last_reward(lines: list[dict]) -> float:
+    return fmean(fmean(line["rewards"][-LAST:]) for line in lines)
+
+
+def report(results: Path) -> None:
+    print("| arm | learning rate | seeds | answers | accuracy before | after | last ten rewards | CPU seconds |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for arm, lines in best_runs(results).items():
+        before, after = ([list(line["accuracy"].values())[at] for line in lines] for at in (0, -1))
+        cells = [
+            arm, lines[0]["learning_rate"] or "recipe's", len(lines), f"{lines[0]['answers']:,}",
+            f"{fmean(before):.3f}", records.spread(after, 3), f"{last_reward(lines):.3f}",
+            f"{fmean(line['cpu_seconds'] for line in lines):,.0f}",
+        ]  # fmt: skip
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+if __name__ == "__main__":
+    parser = records.make_parser(__doc__, "grpo.jsonl")
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--arms", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--rates", nargs="+", type=float, help="of LoRA")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parsed = parser.parse_args()
+    if not parsed.report:
+        main(parsed)
+    report(parsed.results)
