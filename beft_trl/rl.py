@@ -28,7 +28,7 @@ from trl import (
 from .arguments import check_datasets, check_settings, name_of, path_of, refuse_encoder, refuse_endless
 from .compat.rollouts import send_only_biases
 from .config import RELATIVE_LEARNING_RATE, BeftConfigMixin, RelativeRatesMixin
-from .data.labels import position_limit
+from .data.labels import datasets_of, position_limit
 from .data.preferences import check_marks, check_pairs, check_preferences
 from .data.rows import prepare_rows
 from .deltas import whole_biases
@@ -135,6 +135,8 @@ class _FromRewards(_FromRows):
     def __init__(self, *positional: Any, **kwargs: Any):
         self._seen = _Seen()
         super().__init__(*positional, **kwargs)
+        for name, rows in datasets_of(self):
+            self._refuse_long_prompts(rows, name)
         self.add_callback(_RewardsDiffer(self))
         if self.use_vllm:
             send_only_biases(self.vllm_generation, self._trained_biases)
@@ -153,23 +155,18 @@ class _FromRewards(_FromRows):
         if args.use_vllm:
             self._refuse_base_without_biases(given["model"], skeleton)
 
-    def _check_tokens(self) -> None:
-        super()._check_tokens()
-        positions = position_limit(self.model.get_base_model())
-        if positions is not None:
-            held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-            for name, rows in {"train": self.train_dataset, **held_out}.items():
-                self._refuse_long_prompts(rows, name, positions)
-
-    def _refuse_long_prompts(self, rows: Any, name: str, positions: int) -> None:
+    def _refuse_long_prompts(self, rows: Any, name: str) -> None:
         """Refuses prompts after which an answer would run out of positions, where generating ends in an IndexError."""
-        if not isinstance(rows, Dataset):
+        positions = position_limit(self.model.get_base_model())
+        if positions is None or not isinstance(rows, Dataset):
             return
         tokenizer, answer = self.processing_class, self.args.max_completion_length
-        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        template: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         template |= self.args.chat_template_kwargs or {}
         for row, prompt in enumerate(rows["prompt"], 1):
-            given = tokenizer(prompt) if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **template)
+            given: Any = (
+                tokenizer(prompt) if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **template)
+            )
             tokens = len(given["input_ids"])
             if tokens + answer > positions:
                 raise ValueError(
