@@ -160,13 +160,12 @@ class _FromRewards(_FromRows):
         positions = position_limit(self.model.get_base_model())
         if positions is None or not isinstance(rows, Dataset):
             return
-        tokenizer, answer = self.processing_class, self.args.max_completion_length
+        tokenizer: Any = self.processing_class
+        answer = self.args.max_completion_length
         template: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         template |= self.args.chat_template_kwargs or {}
         for row, prompt in enumerate(rows["prompt"], 1):
-            given: Any = (
-                tokenizer(prompt) if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **template)
-            )
+            given = tokenizer(prompt) if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, **template)
             tokens = len(given["input_ids"])
             if tokens + answer > positions:
                 raise ValueError(

@@ -28,8 +28,9 @@ from beft_trl import BeftSFTConfig, BeftSFTTrainer
 
 
 TASKS = ["routing-126", "trec-100"]
-MARKS = (0, 25, 50, 100, 150, 200, 300, 400)  # optimizer steps
+MARKS = (0, 50, 100, 200, 400)  # optimizer steps
 KEPT = ("alpaca", "text")
+ROWS = 40  # of each
 ENOUGH = 0.8  # an accuracy that the runs are compared at
 
 
@@ -122,11 +123,11 @@ def kept_rows(arguments: argparse.Namespace) -> dict[str, Dataset]:
     if arguments.quick:
         rows = [{"prompt": "The", "completion": " parcel is here."}]
         return dict.fromkeys(KEPT, Dataset.from_list(rows))
-    alpaca = load_task("alpaca-1", arguments.data_dir, 0).test.select(range(100))
+    alpaca = load_task("alpaca-1", arguments.data_dir, 0).test.select(range(ROWS))
     sentences = [row["sentence"].strip() for row in sst2_parts(1, arguments.data_dir, 0)[2]]
     long = [words for words in map(str.split, sentences) if len(words) > 15]
     text = [
-        {"prompt": words[0], "completion": " " + " ".join(words[1:])} for words in random.Random(0).sample(long, 100)
+        {"prompt": words[0], "completion": " " + " ".join(words[1:])} for words in random.Random(0).sample(long, ROWS)
     ]
     return {"alpaca": alpaca, "text": Dataset.from_list(text)}
 
