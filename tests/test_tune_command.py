@@ -344,7 +344,7 @@ def test_a_soup_is_the_mean_of_runs_on_all_rows(project, tmp_path):
     bench = Bench(trainer("bench", relative_learning_rate=0.1, max_steps=6), [])
     records = [Record(number, each, "done", 1.0, 1.0, 1.0, []) for number, each in enumerate(settings)]
     soup = Soup(records, [[RowLoss(1.0, 1, True)]], 1.0)
-    choice = Choice("soup", records, records[0], records[0], soup, Verdict(0.1, 0.01, True))
+    choice = Choice("soup", records, records[0], records[0], soup, Verdict(0.1, 0.01, 3.0, True))
     _train_winner(bench, choice, _Result(tmp_path / "out", None, "on rows", True))
     # The learning curve of its last member would not be that of the mean.
     assert (tmp_path / "1" / "beft_curve.png").is_file() and not (tmp_path / "out" / "beft_curve.png").exists()
