@@ -69,7 +69,9 @@ def test_rewards_of_a_wrong_kind_are_named(values, asynchronous, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("given", [3, [short_answers, 3], (short_answers,), [None]], ids=str)
+@pytest.mark.parametrize(
+    "given", [3, [short_answers, 3], (short_answers,), [None]], ids=["number", "one of them", "tuple", "none"]
+)
 def test_what_gives_no_reward_is_refused(given, tmp_path):
     with pytest.raises(TypeError, match="reward_funcs has .*gives no reward. Give a function"):
         make("GRPO", tmp_path, reward_funcs=given)
