@@ -150,6 +150,8 @@ def test_the_command_lines_of_a_page_are_understood(page, there):
             module = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
             foreign = arguments[1:2] == ["build"] or module == "convert_lora_to_gguf.py"
             assert foreign or (REPOSITORY / module).is_file(), words
+        elif program == "bash":
+            assert (REPOSITORY / arguments[0].partition("beft_trl/")[2]).is_file(), words
         else:
             assert program in OTHERS | {"mkdocs", "mypy", "pytest", "ruff", ".ci/run"}, words
 
