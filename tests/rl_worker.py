@@ -20,6 +20,7 @@ from beft_trl import (
     BeftRewardConfig,
     BeftRewardTrainer,
 )
+from beft_trl.cli.run import leave
 
 
 def other_words(completions, **columns):
@@ -55,3 +56,4 @@ trainer.save_model()
 if trainer.is_world_process_zero():
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     (folder / "losses.json").write_text(json.dumps(losses))
+leave(trainer)
