@@ -4,7 +4,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -186,15 +186,15 @@ class Search:
                 n_startup_trials=RANDOM_TRIALS, seed=seed + 7919 * len(self.study.trials)
             )
             # More steps than the default's would take other trials their time, unless there is enough for all.
-            of_step = self._seconds_of_a_step()
+            of_step = self._seconds_of_a_step(self.records())
             affordable = seconds / trials / of_step if of_step else math.inf
             objective = partial(self._objective, affordable=affordable, deadline=deadline)
             self.study.optimize(objective, n_trials=1, catch=(OutOfTime,))
         self.bench.together(None)
 
-    def _seconds_of_a_step(self) -> float:
+    def _seconds_of_a_step(self, records: Sequence[Record]) -> float:
         """What the default took for each of its steps; 0 if it is not done."""
-        done = (each for each in self.records() if each.settings == self.space.default and each.state == "done")
+        done = (each for each in records if each.settings == self.space.default and each.state == "done")
         default = next(done, None)
         return (default.seconds or 0.0) / default.settings.steps if default is not None else 0.0
 
@@ -209,7 +209,7 @@ class Search:
                 warnings.simplefilter("ignore")  # "experimental" since Optuna 2.9
                 optuna.storages.fail_stale_trials(self.study)
             records = self.records()
-            shortest = self.space.steps[0] * self._seconds_of_a_step()  # what cannot end is not begun
+            shortest = self.space.steps[0] * self._seconds_of_a_step(records)  # what cannot end is not begun
             over = time.monotonic() + shortest > deadline or sum(each.state in ENDED for each in records) >= trials
             states: dict[Settings, set[str]] = {}
             for record in records:

@@ -42,7 +42,7 @@ class Arm:
     adapter: Callable[[], PeftConfig] | None = None
 
 
-# The rates are those that development rows of the routing task chose for runs of this length (quality.py).
+# Rates were not chosen for runs of this length: LoRA's and that of everything are those of SST-2 (quality.py).
 ARMS = {
     "BEFT": Arm(),
     "LoRA r=8": Arm(1e-3, lambda: LoraConfig(r=8, lora_alpha=16, target_modules=QUERY_AND_VALUE)),
