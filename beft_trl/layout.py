@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .compat.models import LOADING, LOADING_ONLY
+from .compat.models import LOADING, LOADING_ONLY, without_weights
 
 
 TERMS = ("query", "key", "value")
@@ -221,7 +221,7 @@ def skeleton_of(name: str, args: Any, auto_class: Any = None) -> nn.Module:
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False, auto_class: Any = None) -> nn.Module:
     """The model of `config` without weights, on the meta device; of its own architecture if Transformers has it."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
+    with without_weights():
         if auto_class is not None or architecture is None:
             loader = auto_class or AutoModelForCausalLM
             return loader.from_config(config, trust_remote_code=trust_remote_code)

@@ -25,7 +25,7 @@ from beft_trl import (
 
 COMMON = {
     "max_steps": 4, "score_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False,
-    "bias_layers": "all", "bias_term": "auto",
+    "bias_layers": "all", "bias_term": "value",
     "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "learning_rate": 1e-2,
     "relative_learning_rate": None, "logging_steps": 1, "disable_tqdm": True,
 }  # fmt: skip
@@ -49,63 +49,26 @@ def short_answers(completions, **columns):
     return [float(len(set(text.split()))) for text in completions]
 
 
-def make_dpo(model, folder, **settings):
-    return BeftDPOTrainer(
-        model, args=BeftDPOConfig(str(folder), **(COMMON | settings)), train_dataset=pairs(),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-
-
-def make_kto(model, folder, **settings):
-    return BeftKTOTrainer(
-        model, args=BeftKTOConfig(str(folder), **(COMMON | settings)), train_dataset=marked(),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-
-
-def make_online(trainer, config, model, folder, **settings):
-    sizes = {"num_generations": 2, "max_completion_length": 6}
-    return trainer(
-        model, short_answers, args=config(str(folder), **(COMMON | sizes | settings)), train_dataset=prompts(),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-
-
-def make_grpo(model, folder, **settings):
-    return make_online(BeftGRPOTrainer, BeftGRPOConfig, model, folder, **({"beta": 0.1} | settings))
-
-
-def make_rloo(model, folder, **settings):
-    return make_online(BeftRLOOTrainer, BeftRLOOConfig, model, folder, **({"beta": 0.1} | settings))
-
-
-def make_reward(model, folder, **settings):
-    return BeftRewardTrainer(
-        model, args=BeftRewardConfig(str(folder), **(COMMON | settings)), train_dataset=pairs(),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
-
-
-TRAINERS = {"DPO": make_dpo, "KTO": make_kto, "GRPO": make_grpo, "RLOO": make_rloo}
-BATCH = {"input_ids": torch.tensor([[5, 6, 7]])}
-
-
 GIVEN = {
     "DPO": (BeftDPOTrainer, BeftDPOConfig, pairs), "KTO": (BeftKTOTrainer, BeftKTOConfig, marked),
     "reward": (BeftRewardTrainer, BeftRewardConfig, pairs), "GRPO": (BeftGRPOTrainer, BeftGRPOConfig, prompts),
+    "RLOO": (BeftRLOOTrainer, BeftRLOOConfig, prompts),
 }  # fmt: skip
+CAUSAL = [kind for kind in GIVEN if kind != "reward"]
+LEARN_FROM_REWARDS = ("GRPO", "RLOO")
+ONLINE = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
 
 
 def make(kind, folder, model=None, rows=None, tokenizer=None, settings=None, **given):
     """A trainer with anything of it replaced."""
     trainer, config, own_rows = GIVEN[kind]
-    if kind == "GRPO":
+    online = kind in LEARN_FROM_REWARDS
+    if online:
         given = {"reward_funcs": short_answers, **given}
-        settings = {"num_generations": 2, "max_completion_length": 6, **(settings or {})}
     if model is None:
         model = make_reward_model() if kind == "reward" else make_llama()
     return trainer(
-        model, args=config(str(folder), **COMMON | {"bias_term": "value"} | (settings or {})),
+        model, args=config(str(folder), **COMMON | (ONLINE if online else {}) | (settings or {})),
         train_dataset=own_rows() if rows is None else rows, processing_class=tokenizer or make_tokenizer(), **given,
     )  # fmt: skip
 
@@ -117,4 +80,5 @@ def make_reward_model():
     return LlamaForSequenceClassification(config)
 
 
+BATCH = {"input_ids": torch.tensor([[5, 6, 7]])}
 EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)

@@ -15,8 +15,8 @@ from conftest import make_llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners.beft import BeftLayer, BeftModel, Linear
 from torch import nn
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_available
+from transformers import AutoModelForSequenceClassification, HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_available, is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 import beft_trl
@@ -147,6 +147,19 @@ def test_settings_can_be_told_to_count_one_device(tmp_path):
 def test_an_attention_that_there_is_not_is_an_error():
     with pytest.raises(ValueError, match="bogus"):
         models.check_attention(copy.deepcopy(make_llama()), "bogus")
+
+
+def test_zero3_splits_no_weights_of_a_model_that_has_none():
+    """Without it, `from_config` ends in "Cannot copy out of meta tensor"."""
+    pytest.importorskip("deepspeed")
+    settings = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
+    sharding = HfDeepSpeedConfig(settings)  # Transformers shards as long as it lives
+    config = make_llama().config
+    assert sharding.is_zero3() and is_deepspeed_zero3_enabled()
+    with models.without_weights():
+        model = AutoModelForSequenceClassification.from_config(config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def test_the_parser_of_arguments_lists_its_actions():

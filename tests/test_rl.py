@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from peft import PeftModel
-from rl_trainers import BATCH, COMMON, EIGHT_BITS, TRAINERS, make, make_dpo, pairs
+from rl_trainers import BATCH, CAUSAL, EIGHT_BITS, make, pairs
 from safetensors.torch import load_file
 from transformers import (
     LlamaForCausalLM,
@@ -30,7 +30,8 @@ from beft_trl import (
 def test_scored_trained_and_saved_under_the_right_names(kind, by_name, tmp_path):
     make_llama().save_pretrained(tmp_path / "base")
     model = str(tmp_path / "base") if by_name else make_llama()
-    trainer = TRAINERS[kind](model, tmp_path / "out", model_init_kwargs={"dtype": "float32"} if by_name else None)
+    loading = {"dtype": "float32"} if by_name else None
+    trainer = make(kind, tmp_path / "out", model, settings={"bias_term": "auto", "model_init_kwargs": loading})
     trainer.train()
     trainer.save_model()
     assert trainer.selected_bias_term == trainer.bias_scores.ranking[0]
@@ -49,12 +50,12 @@ def test_scored_trained_and_saved_under_the_right_names(kind, by_name, tmp_path)
         assert not torch.equal(make_llama()(**BATCH).logits, trained)
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", CAUSAL)
 def test_the_run_after_a_scoring_pass_is_that_of_a_run_with_the_term_given(kind, tmp_path):
     """Generation among it: the same random numbers, prompts and counters."""
-    auto = TRAINERS[kind](make_llama(), tmp_path / "auto")
+    auto = make(kind, tmp_path / "auto", settings={"bias_term": "auto"})
     auto.train()
-    given = TRAINERS[kind](make_llama(), tmp_path / "given", bias_term=auto.selected_bias_term)
+    given = make(kind, tmp_path / "given", settings={"bias_term": auto.selected_bias_term})
     given.train()
     found, expected = auto.model.state_dict(), given.model.state_dict()
     assert all(torch.equal(found[name], values) for name, values in expected.items())
@@ -94,11 +95,11 @@ def test_another_reference_is_the_one_that_counts(tmp_path):
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_an_adapter_that_goes_on_is_its_own_reference_and_is_saved_alone(tmp_path, precomputed):
     """TRL copies it to an adapter named "ref", which is no part of what is saved."""
-    first = make_dpo(make_llama(), tmp_path / "first", bias_term="value")
+    first = make("DPO", tmp_path / "first")
     first.train()
     first.save_model()
     adapted = PeftModel.from_pretrained(make_llama(), tmp_path / "first")
-    second = make_dpo(adapted, tmp_path / "second", bias_term="value", precompute_ref_log_probs=precomputed)
+    second = make("DPO", tmp_path / "second", adapted, settings={"precompute_ref_log_probs": precomputed})
     second.train()
     second.save_model()
     assert not (tmp_path / "second" / "ref").exists()
@@ -110,12 +111,8 @@ def test_an_adapter_that_goes_on_is_its_own_reference_and_is_saved_alone(tmp_pat
 
 def test_preference_training_learns_what_is_preferred(tmp_path):
     """The reference model is the base without the deltas, so that the first loss is that of equal models, ln 2."""
-    config = BeftDPOConfig(
-        str(tmp_path),
-        **COMMON | {"max_steps": 24, "per_device_train_batch_size": 8, "learning_rate": 3e-2},
-        beta=1.0,
-    )
-    trainer = BeftDPOTrainer(make_llama(), config, train_dataset=pairs(), processing_class=make_tokenizer())
+    settings = {"max_steps": 24, "per_device_train_batch_size": 8, "learning_rate": 3e-2, "beta": 1.0}
+    trainer = make("DPO", tmp_path, settings=settings)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -125,11 +122,11 @@ def test_preference_training_learns_what_is_preferred(tmp_path):
 def test_an_adapter_on_a_quantised_base_goes_on_from_what_was_saved(tmp_path):
     """TRL casts what a quantised model trains to bf16."""
     make_llama().save_pretrained(tmp_path / "base")
-    first = make_dpo(make_llama(), tmp_path / "first", bias_term="value")
+    first = make("DPO", tmp_path / "first")
     first.train()
     first.save_model()
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=EIGHT_BITS, dtype=torch.float32)
-    second = make_dpo(PeftModel.from_pretrained(base, tmp_path / "first"), tmp_path / "second", bias_term="value")
+    second = make("DPO", tmp_path / "second", PeftModel.from_pretrained(base, tmp_path / "first"))
     for name, values in load_file(tmp_path / "first" / "adapter_model.safetensors").items():
         assert torch.equal(second.model.get_parameter(f"{name}.default"), values)
 

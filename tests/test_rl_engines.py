@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_rows, make_tokenizer
-from datasets import Dataset
+from conftest import make_llama, make_tokenizer
 from safetensors.torch import load_file
 
 
@@ -22,23 +21,11 @@ REPOSITORY = Path(__file__).parents[1]
 ENGINES = {"single": "single_cpu", "ddp": "ddp_cpu", "zero2": "zero2", "zero3": "zero3"}
 
 
-def rows(kind):
-    made = make_rows(32)
-    if kind == "grpo":
-        return made.remove_columns("completion")
-    if kind == "kto":
-        return Dataset.from_list([{**row, "label": number % 4 < 2} for number, row in enumerate(made)])
-    return Dataset.from_list(
-        [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " w50 w51"} for row in made]
-    )
-
-
 def trained(folder, kind, engine):
     """Losses and saved tensors of a run whose global batch is 8 rows."""
     folder.mkdir()
     make_llama(hidden_size=64, intermediate_size=128, tie_word_embeddings=True).save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
-    rows(kind).to_json(folder / "rows.jsonl")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     config = REPOSITORY / "recipes" / "accelerate_configs" / f"{ENGINES[engine]}.yaml"
     worker = [REPOSITORY / "tests" / "rl_worker.py", kind, folder, "8" if engine == "single" else "4"]
@@ -48,7 +35,7 @@ def trained(folder, kind, engine):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-@pytest.mark.parametrize("kind", ["dpo", "kto", "reward"])
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "reward"])
 def test_an_engine_trains_as_one_process(tmp_path, kind, engine):
     losses, tensors = trained(tmp_path / "one", kind, "single")
     found_losses, found = trained(tmp_path / engine, kind, engine)
@@ -61,6 +48,6 @@ def test_an_engine_trains_as_one_process(tmp_path, kind, engine):
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_an_engine_learns_from_its_own_completions(tmp_path, engine):
     """Processes draw their own completions, so that one process says nothing of the values."""
-    losses, tensors = trained(tmp_path / engine, "grpo", engine)
+    losses, tensors = trained(tmp_path / engine, "GRPO", engine)
     assert len(losses) == 4
     assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in tensors.values())

@@ -8,7 +8,7 @@ import torch
 from conftest import make_llama, make_opt, make_rows, make_tokenizer
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
-from rl_trainers import COMMON, GIVEN, make, make_reward_model, pairs
+from rl_trainers import COMMON, GIVEN, LEARN_FROM_REWARDS, make, make_reward_model, pairs
 
 from beft_trl import (
     BeftDPOConfig,
@@ -47,7 +47,7 @@ WRONG_ROWS = {
 @pytest.mark.parametrize("kind", GIVEN)
 @pytest.mark.parametrize("wrong", [*WRONG_ROWS, "none"])
 def test_rows_of_a_wrong_kind_are_named(kind, wrong, tmp_path):
-    if kind == "GRPO" and wrong in ("missing", "turns"):
+    if kind in LEARN_FROM_REWARDS and wrong in ("missing", "turns"):
         return  # it learns from prompts only
     row, message = WRONG_ROWS.get(wrong, ({}, "train_dataset is empty"))
     rows = Dataset.from_list([row] * 4) if row else GIVEN[kind][2]().select([])

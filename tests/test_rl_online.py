@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_llama, make_opt, make_tokenizer
 from datasets import Dataset
-from rl_trainers import BATCH, COMMON, TRAINERS, make, make_grpo, prompts, short_answers
+from rl_trainers import BATCH, COMMON, ONLINE, make, prompts, short_answers
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -18,7 +18,8 @@ from beft_trl.compat.rollouts import send_only_biases
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_only_learnt_tokens_count_for_the_size_of_the_outputs(kind, tmp_path, monkeypatch):
     """The mean over what the loss sees, by hand: prompts and completions, and no token of the generation."""
-    trainer = TRAINERS[kind](make_llama(), tmp_path / "out", score_steps=1, max_steps=1)
+    scored = {"bias_term": "auto", "score_steps": 1, "max_steps": 1}
+    trainer = make(kind, tmp_path / "out", settings=scored)
     path = "model.layers.0.self_attn.v_proj"
     sizes = []
     compute_loss = type(trainer).compute_loss
@@ -38,15 +39,8 @@ def test_only_learnt_tokens_count_for_the_size_of_the_outputs(kind, tmp_path, mo
     scores = trainer.score()
     site = next(layer for layer in scores.terms["value"].layers if layer.layer == 0)
     assert scores.anchor == "activation" and site.importance > 0
-    trainer = TRAINERS[kind](
-        make_llama(),
-        tmp_path / "relative",
-        score_steps=1,
-        max_steps=1,
-        bias_term="value",
-        learning_rate=None,
-        relative_learning_rate=0.1,
-    )
+    relative = {"bias_term": "value", "learning_rate": None, "relative_learning_rate": 0.1}
+    trainer = make(kind, tmp_path / "relative", settings=scored | relative)
     trainer.train()
     assert trainer.learning_rates[path] == pytest.approx(0.1 * sizes[0], rel=1e-4)
 
@@ -87,7 +81,7 @@ def test_prompts_that_leave_no_position_for_an_answer_are_named(kind, turns, tmp
     rows = [*[words(58)] * 4, words(59)]
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}] if turns else text} for text in rows])
     trainer, config = {"GRPO": (BeftGRPOTrainer, BeftGRPOConfig), "RLOO": (BeftRLOOTrainer, BeftRLOOConfig)}[kind]
-    settings = COMMON | {"bias_term": "value", "num_generations": 2, "max_completion_length": 6, "max_steps": 1}
+    settings = COMMON | ONLINE | {"max_steps": 1}
 
     def count(completions, **columns):
         return [float(number) for number in range(len(completions))]
@@ -114,7 +108,7 @@ def no_differences(completions, **columns):
 def make_hopeless(folder, reward=no_differences, **settings):
     return BeftGRPOTrainer(
         make_llama(), reward, train_dataset=prompts(), processing_class=make_tokenizer(),
-        args=BeftGRPOConfig(str(folder), **(COMMON | {"num_generations": 2, "max_completion_length": 6} | settings)),
+        args=BeftGRPOConfig(str(folder), **(COMMON | ONLINE | settings)),
     )  # fmt: skip
 
 
@@ -157,7 +151,7 @@ def test_completions_of_which_no_token_counts_are_named(tmp_path):
 
 def test_the_reference_is_the_base_with_the_biases_off(tmp_path):
     """TRL's estimate of the divergence is 0 in the first step, and only there; no second copy is in memory."""
-    trainer = make_grpo(make_llama(), tmp_path, bias_term="value", max_steps=3, learning_rate=0.3)
+    trainer = make("GRPO", tmp_path, settings={"max_steps": 3, "learning_rate": 0.3})
     trainer.train()
     divergence = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert divergence[0] == 0 and all(value > 0 for value in divergence[1:])
@@ -182,7 +176,7 @@ def test_what_vllm_is_sent_makes_the_base_the_trained_model(tmp_path, name):
     model = architectures.build(name)
     model.config.name_or_path = ""
     base = {key: values.clone() for key, values in model.state_dict().items()}
-    trainer = make_grpo(model, tmp_path, bias_term="value", learning_rate=0.1)
+    trainer = make("GRPO", tmp_path, model, settings={"learning_rate": 0.1})
     trainer.train()
     with torch.inference_mode():
         expected = trainer.model.eval()(**BATCH).logits
@@ -201,4 +195,4 @@ def test_what_vllm_is_sent_makes_the_base_the_trained_model(tmp_path, name):
 
 def test_rollouts_of_a_base_without_biases_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="beft merge --base"):
-        make_grpo(make_llama(), tmp_path, use_vllm=True)
+        make("GRPO", tmp_path, settings={"use_vllm": True})

@@ -1,8 +1,11 @@
 """What Transformers keeps to itself, and the methods of its trainers and of TRL's that the package overrides."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import cached_file
 
 
@@ -62,9 +65,20 @@ def forget_input_gradients(model: Any) -> None:
                 del module._forward_hooks[number]
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models built within have no weights, under ZeRO-3 either.
+
+    There `from_config` would split and initialise the weights, which ends in "Cannot copy out of meta tensor"
+    (Transformers 5.23, `set_zero3_state`). This goes when it leaves weights on the meta device as they are.
+    """
+    with torch.device("meta"), set_zero3_state():
+        yield
+
+
 def check_attention(model: Any, implementation: str) -> None:
     """Raises what `from_pretrained` raises for an `attn_implementation` that the model cannot have."""
-    with torch.device("meta"):
+    with without_weights():
         type(model)._from_config(model.config, attn_implementation=implementation)
 
 
