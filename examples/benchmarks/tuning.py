@@ -3,8 +3,8 @@
 python examples/benchmarks/tuning.py --data-dir DATA --minutes 10    # all runs, appended to results/tuning.jsonl
 python examples/benchmarks/tuning.py --report                        # the tables of what is in the file
 
-Every arm is judged by the same quarter of the training rows, searched by Optuna's TPE with successive halving for the
-same minutes over a base that is loaded once, trained again on all rows with what was best, and measured on the test
+Every arm is judged by the same quarter of the training rows, searched by Optuna's TPE with the pruner of `beft tune` for
+the same minutes over a base that is loaded once, trained again on all rows with what was best, and measured on the test
 rows. LoRA is searched over rate and rank, beginning with r=8 at 1e-3, (IA)3 over its rate, beginning with 1e-2, both
 with the steps, batch and schedule of the default. A run that the file holds already is passed over.
 """
@@ -28,6 +28,7 @@ from beft_trl import BeftSFTConfig, BeftSFTTrainer, tune
 from beft_trl.config import enough_steps
 from beft_trl.evaluation import encode, mean_loss, row_losses
 from beft_trl.tuning.split import split_rows
+from beft_trl.tuning.study import STOPPED_BEYOND, STOPS_AFTER
 from beft_trl.tuning.trials import LOOKS, class_of
 
 
@@ -146,7 +147,7 @@ def search_adapter(model: str, task: Task, seed: int, arm: str, arguments, folde
 
     study = optuna.create_study(
         sampler=optuna.samplers.TPESampler(n_startup_trials=4, seed=seed),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+        pruner=optuna.pruners.PercentilePruner(STOPPED_BEYOND, n_startup_trials=STOPS_AFTER),
     )
     study.enqueue_trial({"rank": 8, "rate": 1e-3} if arm == "LoRA" else {"rate": 1e-2})
     timeout = None if deadline is None else max(1.0, deadline - time.perf_counter())
