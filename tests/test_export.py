@@ -69,26 +69,59 @@ def test_after_a_layer_norm_the_lora_is_the_bias(tmp_path, name, term):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def errors_by_hand(folder, texts):
+    """Root mean square of the LoRA's own A times what each projection is given with the biases on, less one."""
+    model = load_adapter(AutoModelForCausalLM.from_pretrained(folder / "base"), str(folder / "adapter")).eval()
+    vectors = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): tensor[0]
+        for name, tensor in load_file(folder / "lora" / "adapter_model.safetensors").items()
+        if "lora_A" in name
+    }
+    inputs = {path: [] for path in vectors}
+    for path in inputs:
+        model.get_base_model().get_submodule(path).register_forward_hook(
+            lambda module, args, output, path=path: inputs[path].append(args[0][0])
+        )
+    tokenizer = make_tokenizer()
+    for prompt, answer in texts:
+        logits(model, torch.tensor([tokenizer(prompt + answer)["input_ids"]]))
+    return {
+        path: (torch.cat(inputs[path]) @ vector - 1).square().mean().sqrt().item() for path, vector in vectors.items()
+    }
+
+
 @pytest.mark.parametrize("name", FITTED)
 def test_after_an_rms_norm_the_error_is_the_one_that_is_stated(tmp_path, name):
+    """On the texts that the fit left out, and with the biases on, which move the inputs of later layers."""
     adapter = make_adapter(build(name), tmp_path)
     report = export_lora(
         adapter, tmp_path / "lora", texts=make_texts(), vectors=tmp_path / "vectors.safetensors", force=True
     )
     assert not report.exact
-    # By hand: what each projection is given, on the texts that the fit left out, times the LoRA's own A.
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    tensors, inputs = load_file(tmp_path / "lora" / "adapter_model.safetensors"), {path: [] for path in report.errors}
-    for path in inputs:
-        base.get_submodule(path).register_forward_hook(
-            lambda module, args, output, path=path: inputs[path].append(args[0][0])
-        )
-    tokenizer = make_tokenizer()
-    for prompt, answer in make_texts()[::4]:
-        logits(base, torch.tensor([tokenizer(prompt + answer)["input_ids"]]))
-    for path, error in report.errors.items():
-        product = torch.cat(inputs[path]) @ tensors[f"base_model.model.{path}.lora_A.weight"][0]
-        assert (product - 1).square().mean().sqrt().item() == pytest.approx(error, rel=1e-3)
+    assert report.errors == pytest.approx(errors_by_hand(tmp_path, make_texts()[::4]), rel=1e-3)
+
+
+def test_the_error_of_an_adapter_is_that_of_its_base(tmp_path):
+    """Vectors of the base alone would miss one by several times as much in the layers after the first."""
+    adapter = make_adapter(make_llama(num_hidden_layers=4), tmp_path, scale=1.0)
+    report = export_lora(adapter, tmp_path / "lora", texts=make_texts(200), vectors=tmp_path / "v", force=True)
+    of_base = UnitVectors.load(tmp_path / "v").vectors
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for path, vector in of_base.items():
+        if f"base_model.model.{path}.lora_A.weight" in tensors:
+            tensors[f"base_model.model.{path}.lora_A.weight"] = vector[None].clone()
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors", {"format": "pt"})
+    last = "model.layers.3.self_attn.v_proj"
+    assert errors_by_hand(tmp_path, make_texts(200)[::4])[last] > 3 * report.errors[last]
+
+
+def test_a_second_adapter_without_texts_is_fitted_to_those_of_the_first(tmp_path):
+    make_adapter(make_llama(), tmp_path)
+    vectors, texts = tmp_path / "vectors.safetensors", make_texts(150)
+    export_lora(tmp_path / "adapter", tmp_path / "lora", texts=texts, vectors=vectors, force=True)
+    make_adapter(make_llama(), tmp_path / "second", scale=0.6)
+    report = export_lora(tmp_path / "second" / "adapter", tmp_path / "second" / "lora", vectors=vectors, force=True)
+    assert report.errors == pytest.approx(errors_by_hand(tmp_path / "second", texts[:128:4]), rel=1e-3)
 
 
 def test_losses_and_answers_are_those_of_the_two_models(tmp_path):
@@ -115,7 +148,7 @@ def test_losses_and_answers_are_those_of_the_two_models(tmp_path):
     assert (report.equal_answers, report.answers) == (equal, 15)
 
 
-def test_a_second_adapter_needs_no_texts_and_fits_nothing(tmp_path):
+def test_a_second_adapter_needs_no_texts_and_leaves_the_vectors_as_they_are(tmp_path):
     first = make_adapter(make_opt(), tmp_path)
     vectors = tmp_path / "vectors.safetensors"
     export_lora(first, tmp_path / "lora", texts=make_texts(), vectors=vectors)
@@ -172,10 +205,10 @@ def test_one_that_is_too_far_off_is_refused_without_force(tmp_path):
 
 
 def test_the_vectors_of_a_file_are_those_that_were_saved(tmp_path):
-    saved = UnitVectors({"a.b": torch.ones(3)}, {"a.b": 0.5}, frozenset(["a.b"]), [([1, 2, 3], 2)], "base")
+    saved = UnitVectors({"a.b": torch.ones(3)}, frozenset(["a.b"]), [([1, 2, 3], 2)], "base")
     saved.save(tmp_path / "folder" / "v.safetensors")
     read = UnitVectors.load(tmp_path / "folder" / "v.safetensors")
-    assert (read.errors, read.exact, read.texts, read.base) == (saved.errors, saved.exact, saved.texts, saved.base)
+    assert (read.exact, read.texts, read.base) == (saved.exact, saved.texts, saved.base)
     assert torch.equal(read.vectors["a.b"], saved.vectors["a.b"])
 
 

@@ -28,11 +28,12 @@ from ..merge.output import check_output, whole_or_nothing
 from ..merge.verify import with_adapter
 from ..tuner import CAUSAL_LM, task_ending
 from ..weight_files import PREFIX, MergeError, first_line, load_tokenizer, read_adapter, write_tensors
-from .unit_vectors import HELD_OUT, KEPT_TEXTS, UnitVectors, fit_unit_vectors
+from .unit_vectors import HELD_OUT, UnitVectors, fit_to_adapter, fit_unit_vectors
 
 
 # What an export may be off by: of the vectors in any layer, on texts that were not fitted, and of the loss in nats.
 LARGEST_ERROR, LARGEST_LOSS = 0.1, 0.02
+TRIED_TEXTS = 32
 EXACT_DIFFERENCE = 1e-4  # of a logit, relative to the largest, that rounding in fp32 explains after a LayerNorm
 REPORT_FILE = "beft_export.json"
 GGUF_FILE = "adapter_model.gguf"
@@ -133,12 +134,17 @@ def export_lora(
     identity = str(identify_base(model, str(folder))["base_files"])
     file = Path(vectors) if vectors else Path(HF_HOME) / "beft_trl" / f"{identity}.safetensors"
     shared = _shared_vectors(model, sorted(content.deltas), encoded, identity, file)
-    tried = encoded[::HELD_OUT][:KEPT_TEXTS] or shared.texts
+    known = encoded or shared.texts
+    tried = known[::HELD_OUT][:TRIED_TEXTS]
+    adapted = with_adapter(copy.deepcopy(model), adapter, content)
+    expected = _behaviour(adapted, tried, "adapter")
+    fitted, errors = fit_to_adapter(shared, adapted.get_base_model(), sorted(content.deltas), known)
+    del adapted
     with whole_or_nothing(output) as partial:
-        _write(partial, content.deltas, shared, model, content.base_model or str(folder))
-        found = _behaviour(_loaded(copy.deepcopy(model), partial, content.deltas), tried, "LoRA")
-        expected = _behaviour(with_adapter(model, adapter, content), tried, "adapter")
-        report = _compare(found, expected, tried, str(output), str(file), shared, content.deltas)
+        _write(partial, content.deltas, fitted, model, content.base_model or str(folder))
+        found = _behaviour(_loaded(model, partial, content.deltas), tried, "LoRA")
+        exact = shared.exact >= content.deltas.keys()
+        report = _compare(found, expected, tried, str(output), str(file), exact, errors)
         if not force:
             _refuse(report, model.dtype)
         record = {name: value for name, value in asdict(report).items() if name not in ("output", "vectors", "gguf")}
@@ -180,10 +186,10 @@ def _shared_vectors(
     return found
 
 
-def _write(folder: Path, deltas: dict[str, Tensor], shared: UnitVectors, model: Any, base: str) -> None:
+def _write(folder: Path, deltas: dict[str, Tensor], vectors: dict[str, Tensor], model: Any, base: str) -> None:
     tensors = {}
     for path, delta in deltas.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = shared.vectors[path][None].contiguous()
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = vectors[path][None].contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = delta[:, None].contiguous()
     transposed = {isinstance(model.get_submodule(path), Conv1D) for path in deltas}
     config = LoraConfig(
@@ -248,16 +254,16 @@ def _compare(
     texts: list[tuple[list[int], int]],
     output: str,
     file: str,
-    shared: UnitVectors,
-    deltas: dict[str, Tensor],
+    exact: bool,
+    errors: dict[str, float],
 ) -> ExportReport:
     labels = torch.cat([torch.tensor(tokens[max(prompt, 1) :]) for tokens, prompt in texts])
     mine, theirs = torch.cat([each[0] for each in found]), torch.cat([each[0] for each in expected])
     return ExportReport(
         output=output,
         vectors=file,
-        exact=shared.exact >= deltas.keys(),
-        errors={path: shared.errors[path] for path in deltas},
+        exact=exact,
+        errors=errors,
         difference=((mine - theirs).abs().max() / theirs.abs().max()).item(),
         equal_answers=sum(torch.equal(mine[1], theirs[1]) for mine, theirs in zip(found, expected, strict=True)),
         answers=len(texts),
