@@ -79,8 +79,9 @@ def export_lora(
 ) -> ExportReport:
     """Writes a LoRA of rank 1 that gives the model of base and adapter: `B` is the bias, `A` a vector with `A x = 1`.
 
-    After a LayerNorm such a vector exists. After an RMSNorm it is fitted to `texts`, once for a base model: it is kept
-    in `vectors`, and later adapters of that base need no texts.
+    After a LayerNorm such a vector exists. After an RMSNorm it is fitted to `texts`, once for a base model and from
+    there for each adapter, whose biases move the inputs of later layers. `vectors` keeps the first and some of the
+    texts, so that later adapters of that base need none.
 
     Args:
         adapter (`str` or `Path`): folder of the adapter, this package's or plain PEFT's.

@@ -3,10 +3,10 @@
 python examples/benchmarks/tuning.py --data-dir DATA --minutes 10    # all runs, appended to results/tuning.jsonl
 python examples/benchmarks/tuning.py --report                        # the tables of what is in the file
 
-Every arm is judged by the same quarter of the training rows, searched by Optuna's TPE with the pruner of `beft tune` for
-the same minutes over a base that is loaded once, trained again on all rows with what was best, and measured on the test
-rows. LoRA is searched over rate and rank, beginning with r=8 at 1e-3, (IA)3 over its rate, beginning with 1e-2, both
-with the steps, batch and schedule of the default. A run that the file holds already is passed over.
+Every arm is judged by the same quarter of the training rows, searched by Optuna's TPE with the pruner of `beft tune`
+for the same minutes over a base that is loaded once, trained again on all rows with what was best, and measured on the
+test rows. LoRA is searched over rate and rank, beginning with r=8 at 1e-3, (IA)3 over its rate, beginning with 1e-2,
+both with the steps, batch and schedule of the default. A run that the file holds already is passed over.
 """
 
 import gc
