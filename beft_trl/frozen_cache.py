@@ -30,6 +30,8 @@ NEEDS_ALL_LAYERS = ("output_hidden_states", "output_attentions", "output_router_
 OLD_KEYS = ("past_key_values", "past_key_value", "layer_past")  # of a generation that goes on
 # What a model is called with next to tokens that its frozen layers do not see, or that follows from the position ids.
 NOT_SEEN = ("labels", "shift_labels", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+# Rotary embeddings with other frequencies for a batch with a long row (Transformers' `dynamic_rope_update`).
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 NOISE = re.compile(r"drop|jitter|noise")
 # The largest difference of kept and computed states of a row, of their norm, by the size of their numbers in bytes.
 # Batches of other sizes differ in rounding: SmolLM2 by 1e-6 in fp32, by 1e-2 in bf16.
@@ -316,6 +318,9 @@ def _reason_against(trainer: Any, frozen: FrozenLayers, engine: str) -> str | No
     noise = _first_noise(frozen)
     if noise is not None:
         return f"{noise} gives other numbers each time"
+    positions = _positions_of_own(frozen.around[0].config)
+    if positions is not None and (getattr(args, "max_length", None) or positions + 1) > positions:
+        return f"beyond {positions} positions their rotary embedding depends on the longest row of a batch"
     if getattr(frozen.around[0].config, "output_router_logits", False):
         return "output_router_logits=True asks for the routers of every layer"
     if engine in SPLIT_AT_LOADING:
@@ -327,6 +332,16 @@ def _reason_against(trainer: Any, frozen: FrozenLayers, engine: str) -> str | No
     if not hasattr(trainer.train_dataset, "__len__"):
         return "the rows are a stream, which need not give one twice"
     return None
+
+
+def _positions_of_own(config: Any) -> int | None:
+    """The positions up to which a rotary embedding does not follow the longest row of a batch; `None` if none does."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_layers = [each for each in (rope, *rope.values()) if isinstance(each, dict)]  # one, or one for a kind of layer
+    following = [each for each in of_layers if str(each.get("rope_type")) in LENGTH_DEPENDENT]
+    limits = [each.get("original_max_position_embeddings") or config.max_position_embeddings for each in following]
+    return min(limits, default=None)
 
 
 def states_bytes(trainer: Any) -> int | None:

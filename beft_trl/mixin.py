@@ -50,6 +50,7 @@ from .tuner import (
     adapter_config,
     adopt_deltas,
     attach_deltas,
+    base_given_back,
     delta,
     name_saved_modules,
     trained_to_fp32,
@@ -120,6 +121,14 @@ class BeftTrainerMixin(Trainer):
         skeleton = skeleton_of(model, args, auto_class) if isinstance(model, str) else model
         self._check_given(given, skeleton)
         known_tokens_only(given, skeleton.config)
+        with base_given_back(model):
+            self._build(given, skeleton)
+        self._span_ends = end_backward_below(self.model, self._deltas.candidates)
+        self.add_callback(_LogScores(self))
+
+    def _build(self, given: dict[str, Any], skeleton: Any) -> None:
+        """Puts a delta at each candidate, and lets the trainer make itself of what is given."""
+        model, args = given["model"], given["args"]
         every_site = find_bias_sites(skeleton)
         sites = sites_in(every_site, args.bias_layers)
         # A scoring pass looks at the dead terms too: the gradient has the last word.
@@ -144,7 +153,6 @@ class BeftTrainerMixin(Trainer):
         refuse_separate_processes(self.accelerator.num_processes if distributed else 1)
         warn_of_slow_16_bits(self.model.dtype, self.args)
         trained_to_fp32(self.model, exact)
-        self._span_ends = end_backward_below(self.model, candidates)
         keep_4bit_trainable(self.model)
         self.bias_sites = sites
         self.learning_rates: dict[str, float] = {}
@@ -154,7 +162,6 @@ class BeftTrainerMixin(Trainer):
         named = isinstance(model, str) or self.model.device.type == "meta"
         base = self.model.get_base_model()
         self._base = identify_base(base, base.name_or_path if named else None)
-        self.add_callback(_LogScores(self))
 
     def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
         """Refuses arguments and models before weights are loaded; for trainers that know what theirs must be."""

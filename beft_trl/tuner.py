@@ -1,11 +1,13 @@
 """The trainable deltas next to the projections, as an adapter of PEFT's own BEFT tuner."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -66,6 +68,30 @@ def attach_deltas(model: nn.Module, sites: Sequence[BiasSite], modules_to_save: 
         attached = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     name_saved_modules(attached, saved)
     return attached
+
+
+@contextmanager
+def base_given_back(model: Any) -> Iterator[None]:
+    """Takes what PEFT put into a plain base that was given off again, if an error ends what happens inside.
+
+    Otherwise a second try with that model would be refused for the adapter of the first.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, PeftModel):
+        yield
+        return
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+                own = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, own)
+        for parameter, before in required:
+            parameter.requires_grad_(before)
+        vars(model).pop("peft_config", None)
+        raise
 
 
 def name_saved_modules(model: PeftModel, modules_to_save: Sequence[str] | None) -> None:

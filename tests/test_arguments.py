@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import build
 from conftest import make_llama, make_rows, make_tokenizer
 from peft import BeftConfig, LoraConfig, get_peft_model
+from rl_trainers import make, make_reward_model
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, Trainer, TrainingArguments
 
 from beft_trl import BeftSFTTrainer, BeftTrainer, BeftTrainingArguments, find_bias_sites
@@ -183,3 +185,23 @@ def test_the_loss_is_looked_at_once_for_each_optimizer_step(make_trainer, monkey
     trainer.train()
     assert len(batches) == 8
     assert looks.count("beft_trl.mixin") == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "reward"])
+def test_a_base_whose_trainer_is_refused_late_is_as_it_was(make_trainer, tmp_path, kind):
+    """Late: after the deltas are in it. It can be given to another trainer."""
+
+    def trainer(**settings):
+        if kind == "reward":
+            return make("reward", tmp_path / "out", model, settings=settings)
+        return make_trainer(model, **settings)
+
+    model = make_reward_model() if kind == "reward" else build("gpt2") if kind == "gpt2" else make_llama()
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    values = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(ValueError, match="no frozen layers"):
+        trainer(cache_frozen_layers=True, bias_layers="all")
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(each, values[name]) for name, each in model.state_dict().items())
+    trainer(bias_layers="all", max_steps=2).train()

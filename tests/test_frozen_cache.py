@@ -7,6 +7,7 @@ import torch
 from architectures import DECODERS
 from conftest import losses, make_llama, make_opt, make_rows, make_tokenizer
 from datasets import Dataset
+from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -329,6 +330,31 @@ def test_what_would_change_the_result_is_not_cached_and_an_error_if_asked_for(ma
     assert trainer._frozen_cache is None
     with pytest.raises(ValueError, match=reason):
         make_trainer(make_opt(num_hidden_layers=LAYERS, **config), cache_frozen_layers=True, **settings)
+
+
+ROPE = {
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_rows_whose_states_depend_on_the_longest_of_their_batch_are_not_cached(make_trainer, kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind]}
+    model = make_llama(num_hidden_layers=LAYERS, max_position_embeddings=16, rope_parameters=rope)
+    # What a row gives by itself, and next to a long one.
+    short, long = torch.randint(3, 60, (1, 10)), torch.randint(3, 60, (1, 30))
+    batch = torch.cat([functional.pad(short, (0, 20)), long])
+    mask = functional.pad(torch.ones_like(short), (0, 20)), torch.ones_like(long)
+    with torch.no_grad():
+        by_itself = model.model(input_ids=short, output_hidden_states=True).hidden_states[1][0]
+        next_to = model.model(input_ids=batch, attention_mask=torch.cat(mask), output_hidden_states=True)
+    assert (next_to.hidden_states[1][0, :10] - by_itself).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="beyond 16 positions"):
+        make_trainer(model, **UPPER, max_length=17, cache_frozen_layers=True)
+    assert make_trainer(model, **UPPER, max_length=16)._frozen_cache is not None
 
 
 def test_a_stream_is_not_cached(make_trainer):
