@@ -30,6 +30,7 @@ from beft_trl import BeftGRPOConfig, BeftGRPOTrainer
 EXAMPLES = Path(__file__).parents[1]
 RATES = {"BEFT": [None], "LoRA r=8": [1e-4, 3e-4, 1e-3]}  # `None`: the recipe's
 SEEDS = [0, 1, 2]
+PARTS = 4  # of LoRA's batch
 EVERY, LAST = 10, 10  # steps between two looks at the held-out messages, and those of which rewards are compared
 
 
@@ -61,7 +62,11 @@ def run(model: str, arm: str, rate: float | None, seed: int, steps: int | None) 
     config = GRPOConfig if rate else BeftGRPOConfig
     settings = {each.name: recipe[each.name] for each in fields(config) if each.name in recipe}
     settings |= {"seed": seed, "disable_tqdm": True, "model_init_kwargs": {"dtype": recipe["dtype"]}}
-    settings |= {"learning_rate": rate} if rate else {}
+    answers = settings["per_device_train_batch_size"]
+    if rate:
+        # All answers of a step at once would be 15 GB of activations, since LoRA's gradients pass every layer.
+        parts = {"per_device_train_batch_size": answers // PARTS, "gradient_accumulation_steps": PARTS}
+        settings |= {"learning_rate": rate, **parts}
     settings |= {"max_steps": steps} if steps else {}
     with tempfile.TemporaryDirectory() as folder:
         given = {
@@ -84,7 +89,7 @@ def run(model: str, arm: str, rate: float | None, seed: int, steps: int | None) 
     return {
         "seconds": round(seconds - look.seconds, 1),
         "cpu_seconds": round(computed - look.cpu_seconds, 1),
-        "answers": settings["per_device_train_batch_size"] * trainer.state.global_step,
+        "answers": answers * trainer.state.global_step,
         "trainable": sum(each.numel() for each in trainer.model.parameters() if each.requires_grad),
         "accuracy": look.accuracy,
         "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
