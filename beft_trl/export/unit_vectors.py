@@ -2,8 +2,8 @@
 
 After a LayerNorm with weight `w` and bias `c` it is exact: what it normalises sums to zero, so that the sum of
 `x_i / w_i` is that of `c_i / w_i`. After an RMSNorm it is a least-squares fit to the inputs of real text. A bias moves
-the inputs of all layers after its own, and the vectors of the base miss one there by up to a third. So they are fitted
-again for each adapter, to the inputs with its biases on.
+the inputs of all layers after its own, where the vectors of the base no longer give one. So they are fitted again for
+each adapter, to the inputs with its biases on.
 """
 
 import itertools
