@@ -27,7 +27,7 @@ import records
 import torch
 from datasets import Dataset
 from peft import BeftConfig, LoraConfig, get_peft_model
-from tasks import FULL_MODELS, MODELS, QUICK_MODEL, score_labelled_tokens_alone
+from tasks import FULL_MODELS, MODELS, QUICK_MODEL, QUIET, score_labelled_tokens_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -159,10 +159,9 @@ def measure_trainer(cell: dict, model, rows: Dataset) -> dict:
     watch, arm = Stopwatch(), cell["arm"]
     with tempfile.TemporaryDirectory() as folder:
         config = {
-            "output_dir": folder, "max_steps": cell["steps"], "per_device_train_batch_size": cell["batch"],
-            "learning_rate": 1e-4, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
-            "save_strategy": "steps", "save_steps": cell["steps"], "logging_strategy": "no", "disable_tqdm": True,
-            "max_length": None,
+            **QUIET, "output_dir": folder, "max_steps": cell["steps"], "per_device_train_batch_size": cell["batch"],
+            "learning_rate": 1e-4, "max_length": None, "save_strategy": "steps", "save_steps": cell["steps"],
+            "logging_strategy": "no",
         }  # fmt: skip
         data = {
             "train_dataset": rows,

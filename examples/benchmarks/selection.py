@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import records
-from tasks import MODELS, QUICK_TASK, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUICK_TASK, QUIET, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
 from transformers import AutoTokenizer
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer
@@ -98,9 +98,8 @@ def trainer_of(model: str, task: Task, seed: int, bias_term: str, **settings) ->
         config = BeftSFTConfig(
             folder, bias_term=bias_term, seed=seed, num_train_epochs=EPOCHS[task.name], max_length=128,
             learning_rate=learning_rate(model), bias_layers="all",
-            per_device_train_batch_size=BATCH, per_device_eval_batch_size=16, bf16=False, report_to="none",
-            save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-            model_init_kwargs={"dtype": MODELS[model].dtype}, **settings,
+            per_device_train_batch_size=BATCH, per_device_eval_batch_size=16,
+            model_init_kwargs={"dtype": MODELS[model].dtype}, **QUIET, **settings,
         )  # fmt: skip
         yield BeftSFTTrainer(
             model, config, train_dataset=task.train, eval_dataset=task.test,

@@ -41,6 +41,14 @@ MODELS = {
 SST2_ROWS, ALPACA_ROWS = 6_000, 600
 TREC = ("description", "entity", "person", "number", "place", "abbreviation")
 MESSAGES = Path(__file__).parents[1] / "data"
+# Of a configuration: a run that writes and tells nothing, in the dtype of its weights.
+QUIET = {
+    "bf16": False,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from statistics import fmean
 import optuna
 import records
 from peft import IA3Config, LoraConfig, PeftConfig
-from tasks import MODELS, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUIET, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -85,9 +85,8 @@ def run(model: str, task: Task, seed: int, arm: str, arguments) -> dict:
 def settings_of(model: str, task: Task, seed: int, arguments, folder: str) -> dict:
     steps = 8 if arguments.quick else arguments.steps or enough_steps(len(task.train))
     return {
-        "output_dir": folder, "seed": seed, "max_steps": steps, "per_device_train_batch_size": 2, "max_length": 128,
-        "per_device_eval_batch_size": 16, "bf16": False, "report_to": "none", "save_strategy": "no",
-        "logging_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
+        **QUIET, "output_dir": folder, "seed": seed, "max_steps": steps, "logging_strategy": "no", "max_length": 128,
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 16,
     }  # fmt: skip
 
 
