@@ -200,13 +200,16 @@ from beft_trl import tune
 
 compute = SFTTrainer.compute_loss
 
+class OutOfMemory(torch.OutOfMemoryError):
+    pass
+
 def faulty(trainer, *given, **kwargs):
     loss = compute(trainer, *given, **kwargs)
     term, step, last = trainer.selected_bias_term, trainer.state.global_step, trainer.accelerator.num_processes - 1
     if term == "key" and step == 3 and trainer.accelerator.process_index == last:
         return loss * float("nan")
     if term == "value" and step == 2 and not last:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise OutOfMemory("CUDA out of memory.")
     return loss
 
 SFTTrainer.compute_loss = faulty
