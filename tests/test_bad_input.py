@@ -49,7 +49,7 @@ def test_the_default_scoring_pass_shortens_itself_and_says_so(make_trainer, capl
         assert (f"takes {steps} of its usual 5 steps, since this run has {run}." in caplog.text) == (steps < 5)
 
 
-def test_a_peft_config_beside_bias_term(make_trainer):
+def test_a_peft_config_next_to_bias_term(make_trainer):
     with pytest.raises(ValueError, match="peft_config=LoraConfig.*bias_term='auto'"):
         make_trainer(trainer={"peft_config": LoraConfig()})
 

@@ -106,7 +106,7 @@ def test_a_conv1d_run_goes_on_from_its_checkpoint(make_config):
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom"])
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
-def test_a_quantised_fused_base_trains_its_term_alone(name, bits, make_config, tmp_path):
+def test_a_quantised_fused_base_trains_only_its_term(name, bits, make_config, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     build(name).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(

@@ -309,9 +309,9 @@ def test_two_processes_of_one_run_find_what_one_does(project, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Trial 0:") == 1
     ones, twos = (found_in(tmp_path / name) for name in ("one", "two"))
-    for alone, together in zip(ones["trials"], twos["trials"], strict=True):
-        assert alone["settings"] == together["settings"] and alone["state"] == together["state"]
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    for one_trial, together in zip(ones["trials"], twos["trials"], strict=True):
+        assert one_trial["settings"] == together["settings"] and one_trial["state"] == together["state"]
+        assert together["loss"] == pytest.approx(one_trial["loss"], rel=1e-3)
     assert twos["test"] == pytest.approx(ones["test"], rel=1e-3)
     assert one.figures == ones["test"]
 

@@ -240,8 +240,8 @@ def test_the_default_stays_unless_another_is_ahead_by_more_than_chance():
     )  # the best of many, the stopped among them
     worse = Soup([clear, noisy], [losses(3.8, 3.8, 3.8, 3.8)], 1.0)
     assert choose(found, [default, noisy, clear], worse).kind == "trial"
-    alone = choose(found, [default], None)
-    assert alone.kind == "default" and alone.verdict is None
+    single = choose(found, [default], None)
+    assert single.kind == "default" and single.verdict is None
     with pytest.raises(ValueError, match="default"):
         choose(found, [noisy], None)
 

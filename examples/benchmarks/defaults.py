@@ -18,7 +18,7 @@ from statistics import fmean, median
 import records
 from peft import IA3Config, LoraConfig
 from quality import measure
-from tasks import MODELS, QUICK_MODEL, QUIET, Model, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUICK_MODEL, QUIET, Model, Task, add_arguments, load_task, parse, score_only_labelled_tokens
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     parsed = parse(parser)
     if parsed.quick:
         parsed.models, parsed.tasks = [QUICK_MODEL], ["routing-16"]
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

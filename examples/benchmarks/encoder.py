@@ -6,7 +6,7 @@ python examples/benchmarks/encoder.py --report             # the tables of what 
 
 The package carries all-MiniLM-L6-v2: BERT's architecture, 6 layers, native biases. It learns SST-2 from few sentences
 and is measured on the whole validation set. The head is trained in every arm, so that each has to beat `head`. The key
-bias is dead in BERT and refused: an arm of it would be the head alone. Each arm has three learning rates; the one with
+bias is dead in BERT and refused: an arm of it would be only the head. Each arm has three learning rates; the one with
 the lowest loss on 200 development sentences stands in the table, for each seed by itself.
 """
 

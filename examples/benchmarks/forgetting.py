@@ -20,7 +20,7 @@ import records
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftConfig
 from quality import QUERY_AND_VALUE, measure
-from tasks import QUIET, Task, add_arguments, load_task, parse, score_labelled_tokens_alone, sst2_parts
+from tasks import QUIET, Task, add_arguments, load_task, parse, score_only_labelled_tokens, sst2_parts
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -165,7 +165,7 @@ if __name__ == "__main__":
     add_arguments(parser, TASKS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parsed = parse(parser)
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

@@ -22,7 +22,7 @@ import records
 import torch
 from datasets import Dataset
 from peft import BeftConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
-from tasks import MODELS, QUIET, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUIET, Task, add_arguments, load_task, parse, score_only_labelled_tokens
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer
@@ -263,7 +263,7 @@ if __name__ == "__main__":
     parsed = parse(parser)
     if parsed.quick:
         parsed.arms = QUICK_ARMS
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

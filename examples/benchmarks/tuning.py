@@ -20,7 +20,7 @@ from statistics import fmean
 import optuna
 import records
 from peft import IA3Config, LoraConfig, PeftConfig
-from tasks import MODELS, QUIET, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUIET, Task, add_arguments, load_task, parse, score_only_labelled_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -207,7 +207,7 @@ if __name__ == "__main__":
     parsed = parse(parser)
     if parsed.quick:
         parsed.minutes, parsed.trials = None, 3
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)
