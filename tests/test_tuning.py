@@ -72,7 +72,7 @@ def ordinary(settings, rows, folder, base=None, **changes):
         four_layers() if base is None else base, args, train_dataset=rows, processing_class=make_tokenizer()
     )
     trainer.train()
-    return gather_deltas(trainer.model, trainer._deltas.sites), trainer
+    return gather_deltas(trainer.model, trainer.trained_sites), trainer
 
 
 def independent_loss(model, rows):
@@ -307,7 +307,7 @@ def test_a_trial_has_the_score_steps_and_the_collator_of_the_trainer(tmp_path):
         data_collator=WithoutTheEnd(),
     )
     trainer.train()
-    expected = gather_deltas(trainer.model, trainer._deltas.sites)
+    expected = gather_deltas(trainer.model, trainer.trained_sites)
     assert all(torch.equal(found[3][site], expected[site]) for site in expected)
     assert not any(torch.equal(found[2][site], expected[site]) for site in expected)
     assert bench.development[0][0]["labels"][-1] == -100
@@ -424,6 +424,6 @@ def test_a_trial_on_a_quantised_base_is_an_ordinary_run(tmp_path, bits):
         rows = class_rows(16).select(range(12))
         run = trainer(str(number), settings)
         run.train()
-        for site, values in gather_deltas(run.model, run._deltas.sites).items():
+        for site, values in gather_deltas(run.model, run.trained_sites).items():
             assert found[site].dtype == torch.float32
             torch.testing.assert_close(found[site], values, rtol=1e-4, atol=1e-6)
