@@ -163,7 +163,7 @@ class BeftPlugin(BasePlugin):
                 # where DeepSpeed may hold 16-bit copies of the biases.
                 self.save_model(self.args.output_dir)
                 if not any(is_split(parameter) for parameter in self.model.parameters()):
-                    _keep_fp32(self.model, self._deltas.sites)
+                    _keep_fp32(self.model, self.trained_sites)
                 return output
 
         return BeftAxolotlTrainer

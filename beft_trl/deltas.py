@@ -56,11 +56,11 @@ def deltas_as_state_dict(model: PeftModel) -> Iterator[None]:
     stays in, and so do the statistics of quantised layers.
     """
 
-    def keep_deltas_alone(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    def keep_only_deltas(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         for name in [name for name in state_dict if ".beft_bias." not in name and SAVED_WHOLE not in name]:
             del state_dict[name]
 
-    handle = model.register_state_dict_post_hook(keep_deltas_alone)
+    handle = model.register_state_dict_post_hook(keep_only_deltas)
     try:
         yield
     finally:

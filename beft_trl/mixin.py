@@ -29,7 +29,7 @@ from .engines import engine_of, refuse_cell, refuse_separate_processes, warn_of_
 from .frozen_cache import frozen_cache
 from .identity import identify_base, identify_run
 from .importance import BiasScores
-from .layout import find_bias_sites, sites_of_term, skeleton_of
+from .layout import BiasSite, find_bias_sites, sites_of_term, skeleton_of
 from .rates import give_learning_rates, logged_learning_rates
 from .resume import Resumed, find_checkpoint
 from .saving import (
@@ -89,6 +89,10 @@ class BeftTrainerMixin(Trainer):
         selected_bias_term (`str`): `"query"`, `"key"`, `"value"` or `"all"`, from `train()` on.
         learning_rates (`dict[str, float]`): of the trained deltas by the path of their module, if
             `relative_learning_rate` sets them.
+        bias_sites (`list[BiasSite]`): every bias of the layers that the run may train.
+        frozen_cache ([`FrozenLayersCache`]): what the frozen layers gave, `None` if it is not kept. One of another
+            trainer over the same base can be put in its place.
+        resumed_at (`int`): optimizer steps of the checkpoint that the run goes on from, 0 if there is none.
 
     Raises:
         TypeError, ValueError: for arguments that exclude each other or that cannot train, before anything is loaded.
@@ -102,7 +106,7 @@ class BeftTrainerMixin(Trainer):
     _run: dict[str, Any]  # what identifies it, for its checkpoints; from `find_checkpoint` on
     _heat_map: bytes | None = None
     card_sections: Sequence[str] = ()  # Markdown for the model card, before how to load it
-    _resumed_at = 0  # optimizer steps of the checkpoint that a run goes on from
+    resumed_at = 0
     _losses: Tensor | None = None  # sum over the batches of an optimizer step
 
     def __init__(self, *positional: Any, **kwargs: Any):
@@ -157,7 +161,7 @@ class BeftTrainerMixin(Trainer):
         self.bias_sites = sites
         self.learning_rates: dict[str, float] = {}
         self._deltas = Deltas(self.model, candidates)
-        self._frozen_cache = frozen_cache(self, candidates, engine_of(self.args))
+        self.frozen_cache = frozen_cache(self, candidates, engine_of(self.args))
         # A model without weights, which only a check has, stands for the one of its name.
         named = isinstance(model, str) or self.model.device.type == "meta"
         base = self.model.get_base_model()
@@ -165,6 +169,15 @@ class BeftTrainerMixin(Trainer):
 
     def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
         """Refuses arguments and models before weights are loaded; for trainers that know what theirs must be."""
+
+    @property
+    def trained_sites(self) -> list[BiasSite]:
+        """The biases that are trained: all candidates until `train()` has selected, then those it has kept."""
+        return self._deltas.sites
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the run: its base, its data and its settings, see [`identity.identify_run`]."""
+        return identify_run(self.model.get_base_model(), self.args, self.train_dataset, self._base)
 
     def why_no_gradient(self) -> str:
         """What usually keeps a loss from depending on any bias, and what to do: for the error that says so."""
@@ -204,11 +217,11 @@ class BeftTrainerMixin(Trainer):
             return self._train_locked(resume_from_checkpoint, *others, **kwargs)
 
     def _train_locked(self, resume_from_checkpoint: str | bool | None, *others: Any, **kwargs: Any):
-        self._resumed_at, self._losses = 0, None
+        self.resumed_at, self._losses = 0, None
         resumed = self.find_checkpoint(resume_from_checkpoint, engine_of(self.args), self.args.world_size)
         checkpoint = None
         if resumed is not None:
-            checkpoint, scores, rates, self._resumed_at = resumed
+            checkpoint, scores, rates, self.resumed_at = resumed
             self._select(scores, rates)
         elif self.bias_scores is None:
             warn_of_other_runs(self.args.output_dir, self._run)
@@ -220,13 +233,13 @@ class BeftTrainerMixin(Trainer):
         head = gather_saved_whole(self.model)
         output = super().train(checkpoint, *others, **kwargs)
         changes = {name: values - head[name] for name, values in gather_saved_whole(self.model).items()}
-        trained_before = self._resumed_at >= output.global_step
-        check_moved(gather_deltas(self.model, self._deltas.sites), {} if trained_before else changes)
+        trained_before = self.resumed_at >= output.global_step
+        check_moved(gather_deltas(self.model, self.trained_sites), {} if trained_before else changes)
         return output
 
     def find_checkpoint(self, asked: str | bool | None, engine: str, processes: int) -> Resumed | None:
         """The checkpoint that a run goes on from, see [`resume.find_checkpoint`]."""
-        self._run = identify_run(self.model.get_base_model(), self.args, self.train_dataset, self._base)
+        self._run = self.identity()
         trained = self.selected_bias_term
         return find_checkpoint(asked, self.args, self._deltas, self._run, engine, processes, trained)
 
@@ -240,13 +253,13 @@ class BeftTrainerMixin(Trainer):
     def set_initial_training_values(self, *args: Any, **kwargs: Any):
         epochs, *values, max_steps = super().set_initial_training_values(*args, **kwargs)
         # A checkpoint of the last step: the Trainer would go on in the epoch that it stands in for one step more.
-        return 0 if self._resumed_at >= max_steps else epochs, *values, max_steps
+        return 0 if self.resumed_at >= max_steps else epochs, *values, max_steps
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if made and self.learning_rates:
-            rates = {delta(self.model, site): self.learning_rates[site.module] for site in self._deltas.sites}
+            rates = {delta(self.model, site): self.learning_rates[site.module] for site in self.trained_sites}
             give_learning_rates(optimizer, rates)
             self._first_rate = optimizer.param_groups[0]["lr"]  # which the Trainer logs
         return optimizer
@@ -263,7 +276,7 @@ class BeftTrainerMixin(Trainer):
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, *others: Any, **kwargs: Any):
-        cached = self._frozen_cache.in_use() if self._frozen_cache is not None else nullcontext()
+        cached = self.frozen_cache.in_use() if self.frozen_cache is not None else nullcontext()
         with labelled_tokens_only(self.args.device), cached:
             computed = super().compute_loss(model, *others, **kwargs)
         if self.model.training:
@@ -282,7 +295,7 @@ class BeftTrainerMixin(Trainer):
         if self.bias_scores is None:
             raise RuntimeError("There is no bias to save yet: call train() first, it selects the one to train.")
         # The Trainer would gather the frozen base from the engine too, and the deltas in the engine's 16 bits.
-        state_dict = adapter_state_dict(self.model, self._deltas.sites)
+        state_dict = adapter_state_dict(self.model, self.trained_sites)
         self._save(output_dir or self.args.output_dir, state_dict=state_dict)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

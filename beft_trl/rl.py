@@ -185,7 +185,7 @@ class _FromRewards(_FromRows):
             )
 
     def _trained_biases(self) -> Iterator[tuple[str, Tensor]]:
-        for path, bias in whole_biases(self.model, self._deltas.sites).items():
+        for path, bias in whole_biases(self.model, self.trained_sites).items():
             yield f"{path}.bias", bias.to(self.accelerator.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **kwargs: Any):
@@ -244,7 +244,7 @@ class _RewardsDiffer(TrainerCallback):
         self.trainer._seen = _Seen()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step - self.trainer._resumed_at == PATIENCE:
+        if state.global_step - self.trainer.resumed_at == PATIENCE:
             seen = self.trainer._seen.in_any_process(self.trainer.accelerator)
             if not seen.enough:
                 logger.warning(f"Nothing was learnt in {PATIENCE} steps. {seen.why_nothing_was_learnt()}")
@@ -252,7 +252,7 @@ class _RewardsDiffer(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         seen = self.trainer._seen.in_any_process(self.trainer.accelerator)
         # What a run learnt before it was resumed was not seen.
-        if state.global_step and not self.trainer._resumed_at and not seen.enough:
+        if state.global_step and not self.trainer.resumed_at and not seen.enough:
             raise RuntimeError(f"The run learnt nothing. {seen.why_nothing_was_learnt()}")
 
 

@@ -1,6 +1,6 @@
 """Fine-tunes one attention bias term of an encoder, and a classification or regression head, on a GLUE task.
 
-BERT on 1,000 sentences of SST-2, from the hub, and the control that trains the head alone:
+BERT on 1,000 sentences of SST-2, from the hub, and the control that trains only the head:
 
     accelerate launch examples/glue_encoder.py --config recipes/glue/bert-base-cased.yaml
     accelerate launch examples/glue_encoder.py --config recipes/glue/bert-base-cased.yaml --head_only true
@@ -37,7 +37,7 @@ class GlueArguments:
     train_rows: int | None = field(default=None, metadata={"help": "Rows to draw from the training set, by the seed."})
     regression: bool = field(default=False, metadata={"help": "Labels are numbers to predict, as in STS-B."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a row; the rest is cut off."})
-    head_only: bool = field(default=False, metadata={"help": "Train the head alone: the control of every comparison."})
+    head_only: bool = field(default=False, metadata={"help": "Train only the head: the control of every comparison."})
 
 
 def main(glue: GlueArguments, args: BeftTrainingArguments) -> dict[str, float]:
@@ -69,7 +69,7 @@ def main(glue: GlueArguments, args: BeftTrainingArguments) -> dict[str, float]:
     measured = trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        trained = "the head alone" if glue.head_only else f"the {trainer.selected_bias_term} bias and the head"
+        trained = "only the head" if glue.head_only else f"the {trainer.selected_bias_term} bias and the head"
         print(f"Trained {trained} on {len(tokens['train'])} rows:")
         print(", ".join(f"{name.removeprefix('eval_')} {measured[name]:.4f}" for name in measured if is_metric(name)))
     return measured

@@ -198,7 +198,7 @@ def make_trainer(tmp_path):
 
 @pytest.fixture
 def beft(monkeypatch, capsys):
-    """A function that runs the command in this process: its imports alone take seconds in one of its own."""
+    """A function that runs the command in this process: its imports take seconds in one of its own."""
 
     def run(*arguments, columns=200) -> subprocess.CompletedProcess:
         monkeypatch.setenv("COLUMNS", str(columns))

@@ -49,7 +49,7 @@ def test_the_default_scoring_pass_shortens_itself_and_says_so(make_trainer, capl
         assert (f"takes {steps} of its usual 5 steps, since this run has {run}." in caplog.text) == (steps < 5)
 
 
-def test_a_peft_config_beside_bias_term(make_trainer):
+def test_a_peft_config_next_to_bias_term(make_trainer):
     with pytest.raises(ValueError, match="peft_config=LoraConfig.*bias_term='auto'"):
         make_trainer(trainer={"peft_config": LoraConfig()})
 
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_while_scoring_leaves_the_trainer_as_it_was(ma
 def test_deltas_that_are_not_finite_are_not_saved(make_trainer, tmp_path):
     trainer = make_trainer(make_llama(), bias_term="value")
     trainer.train()
-    delta(trainer.model, trainer._deltas.sites[0]).data.fill_(float("nan"))
+    delta(trainer.model, trainer.trained_sites[0]).data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 6\b"):
         trainer.save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved").exists()

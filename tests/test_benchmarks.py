@@ -66,6 +66,15 @@ def test_suite(quick):
     assert by_arm["BEFT"]["test"]["nll"] < by_arm["zero-shot"]["test"]["nll"]
     assert all(f"| {arm} |" in report for arm in by_arm)
 
+    report, lines = quick("forgetting")
+    assert [line["arm"] for line in lines] == ["BEFT", "LoRA r=8", "(IA)3", "full"]
+    for line in lines:
+        first, last = line["marks"]
+        assert (first["step"], last["step"]) == (0, 50) and last["task"]["nll"] < first["task"]["nll"]
+        # No arm has changed anything before its first step.
+        assert all(first[rows]["nll"] == pytest.approx(lines[0]["marks"][0][rows]["nll"]) for rows in ("task", "text"))
+        assert f"| {line['arm']}, end | 50 |" in report
+
     report, lines = quick("cost")
     assert all(line["machine"] and line["versions"] and line["peak_bytes"] > 0 for line in lines)
     assert next(line for line in lines if line["arm"] == "BEFT")["scoring_seconds"]["5"] > 0

@@ -93,7 +93,7 @@ def test_check_names_every_problem_at_once(beft, project, tmp_path):
 
 
 def test_check_refuses_a_model_that_does_not_fit_without_its_weights(beft, project, tmp_path):
-    """Llama-2-7B from its configuration alone."""
+    """Llama-2-7B, of which there is only the configuration."""
     LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     settings = ["--model_name_or_path", tmp_path, "--per_device_train_batch_size", "64", "--packing", "true"]

@@ -267,7 +267,7 @@ def test_a_deepspeed_file_with_an_optimizer_and_a_schedule_of_its_own_does_not_b
 
 
 @pytest.mark.matrix
-def test_a_relative_learning_rate_is_refused_beside_an_optimizer_of_deepspeed(tmp_path):
+def test_a_relative_learning_rate_is_refused_with_an_optimizer_of_deepspeed(tmp_path):
     run = launch(
         tmp_path / "cell", "llama", "zero2", "fp32", "--relative_learning_rate", "0.03",
         launch_config=own_optimizer(tmp_path),

@@ -108,7 +108,7 @@ def test_bias_and_head_are_trained_and_nothing_else(kind, rows, tmp_path):
 
 
 def test_scoring_puts_the_head_back(rows, tmp_path):
-    """The run behind a scoring pass is that of a trainer that was told the term: bit for bit."""
+    """The run after a scoring pass is that of a trainer that was told the term: bit for bit."""
     auto = make_trainer(make_model("bert"), rows, tmp_path / "auto")
     auto.train()
     told = make_trainer(make_model("bert"), rows, tmp_path / "told", bias_term=auto.selected_bias_term)
@@ -172,7 +172,7 @@ def test_loads_with_plain_peft_and_merges(kind, rows, tmp_path):
     batch = torch.tensor(rows[:8]["input_ids"])
     expected = trainer.model.eval()(input_ids=batch).logits.detach()
 
-    alone = (
+    script = (
         "import sys, torch\n"
         "from peft import PeftModel\n"
         "from transformers import AutoConfig, AutoModelForSequenceClassification\n"
@@ -184,7 +184,7 @@ def test_loads_with_plain_peft_and_merges(kind, rows, tmp_path):
         "assert 'beft_trl' not in sys.modules\n"
     )
     torch.save(batch, tmp_path / "batch.pt")
-    run = python("-c", alone, base, adapter, tmp_path / "batch.pt", tmp_path / "logits.pt")
+    run = python("-c", script, base, adapter, tmp_path / "batch.pt", tmp_path / "logits.pt")
     assert run.returncode == 0, run.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 

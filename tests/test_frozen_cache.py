@@ -81,7 +81,7 @@ MODELS = {
 )
 def test_losses_and_biases_are_bit_equal(make_trainer, name, term):
     found, expected = with_and_without(make_trainer, MODELS[name], bias_term=term)
-    assert found._frozen_cache.batches["skipped"] >= 7
+    assert found.frozen_cache.batches["skipped"] >= 7
     assert_same(found, expected)
 
 
@@ -89,7 +89,7 @@ def test_each_frozen_layer_is_computed_once_for_a_row_and_twice_more_as_a_proof(
     trainer = make_trainer(make_llama(num_hidden_layers=LAYERS), make_equal_rows(6), **{**UPPER, "max_steps": 30})
     calls = calls_of_layers(trainer.model)
     trainer.train()  # ten epochs of three batches
-    batches = trainer._frozen_cache.batches
+    batches = trainer.frozen_cache.batches
     assert calls[2] == calls[3] == 30
     assert calls[0] == calls[1] == batches["computed"] == 3 + 2
     assert batches["skipped"] == 25
@@ -101,14 +101,14 @@ def test_with_gradient_checkpointing(make_trainer, reentrant):
         make_trainer, MODELS["llama"], gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )  # fmt: skip
-    assert found._frozen_cache.batches["skipped"]
+    assert found.frozen_cache.batches["skipped"]
     assert_same(found, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_rows_of_other_lengths_differ_by_rounding_only(make_trainer, name):
     found, expected = with_and_without(make_trainer, MODELS[name], make_rows(6), max_steps=24)
-    assert found._frozen_cache.batches["skipped"] >= 10
+    assert found.frozen_cache.batches["skipped"] >= 10
     assert_same(found, expected, tolerance=2e-5)
 
 
@@ -128,7 +128,7 @@ def test_padding_on_the_left(make_trainer, make):
     found, expected = with_and_without(
         make_trainer, lambda: make(num_hidden_layers=LAYERS), make_rows(3), {"data_collator": collate}, max_steps=24
     )
-    assert found._frozen_cache.batches["skipped"]
+    assert found.frozen_cache.batches["skipped"]
     assert_same(found, expected, tolerance=2e-5)
 
 
@@ -137,7 +137,7 @@ def test_packed_rows(make_trainer, strategy):
     found, expected = with_and_without(
         make_trainer, MODELS["llama"], make_rows(16), packing=True, packing_strategy=strategy, max_length=24
     )
-    assert found._frozen_cache.batches["skipped"]
+    assert found.frozen_cache.batches["skipped"]
     assert_same(found, expected, tolerance=2e-5)
 
 
@@ -145,9 +145,9 @@ def test_rows_one_after_the_other_without_padding_are_kept_by_row(make_trainer):
     found, expected = with_and_without(
         make_trainer, MODELS["llama"], make_rows(5), padding_free=True, max_length=None, max_steps=40
     )
-    assert found._frozen_cache.batches["skipped"] >= 10
+    assert found.frozen_cache.batches["skipped"] >= 10
     rows = 5  # and not the pairs that a batch has put together
-    assert len(found._frozen_cache._kept) == rows
+    assert len(found.frozen_cache._kept) == rows
     assert_same(found, expected, tolerance=2e-5)
 
 
@@ -172,7 +172,7 @@ def test_rows_that_see_each_other_end_it(make_trainer, caplog):
 
     found, expected = with_and_without(make_trainer, make, rows, {"data_collator": collate}, max_steps=24)
     assert "not the same twice" in caplog.text
-    assert found._frozen_cache.bytes == 0
+    assert found.frozen_cache.bytes == 0
     assert_same(found, expected)
 
 
@@ -211,7 +211,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(make_trainer, tmp_path):
     whole.train()
     resumed = make()
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-7")
-    assert resumed._frozen_cache.batches["skipped"]
+    assert resumed.frozen_cache.batches["skipped"]
     for name, values in deltas(resumed).items():
         assert torch.equal(values, deltas(whole)[name])
 
@@ -230,7 +230,7 @@ def test_states_of_all_layers_are_those_without(make_trainer):
     trainer.train()
     model, tokens = trainer.model.eval(), torch.arange(3, 9)[None]
     plain = model(input_ids=tokens, output_hidden_states=True).hidden_states
-    with trainer._frozen_cache.in_use():
+    with trainer.frozen_cache.in_use():
         for _ in range(4):
             model(input_ids=tokens)
             found = model(input_ids=tokens, output_hidden_states=True).hidden_states
@@ -257,7 +257,7 @@ def test_an_encoder_is_cached_too(make_config):
         return trainer
 
     found, expected = run(None), run(False)
-    assert found._frozen_cache.batches["skipped"]
+    assert found.frozen_cache.batches["skipped"]
     assert_same(found, expected)
 
 
@@ -299,7 +299,7 @@ def test_a_quantised_base_is_cached_too(make_trainer, tmp_path, quantization):
     make_tokenizer().save_pretrained(folder)
     given = {"quantization_config": BitsAndBytesConfig(**quantization)}
     found, expected = with_and_without(make_trainer, lambda: str(folder), None, given)
-    assert found._frozen_cache.batches["skipped"] >= 7
+    assert found.frozen_cache.batches["skipped"] >= 7
     assert_same(found, expected)
 
 
@@ -307,8 +307,8 @@ def test_a_quantised_base_is_cached_too(make_trainer, tmp_path, quantization):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_states_are_in_pinned_memory_and_the_losses_those_without(make_trainer):
     found, expected = with_and_without(make_trainer, MODELS["llama"], use_cpu=False, bf16=True)
-    assert found._frozen_cache.batches["skipped"] >= 7
-    assert all(kept.states.is_pinned() for kept in found._frozen_cache._kept.values())
+    assert found.frozen_cache.batches["skipped"] >= 7
+    assert all(kept.states.is_pinned() for kept in found.frozen_cache._kept.values())
     assert_same(found, expected, tolerance=1e-3)
 
 
@@ -327,7 +327,7 @@ def test_what_would_change_the_result_is_not_cached_and_an_error_if_asked_for(ma
     settings, config = REFUSED[reason]
     settings = {**UPPER, **settings}
     trainer = make_trainer(make_opt(num_hidden_layers=LAYERS, **config), **settings)
-    assert trainer._frozen_cache is None
+    assert trainer.frozen_cache is None
     with pytest.raises(ValueError, match=reason):
         make_trainer(make_opt(num_hidden_layers=LAYERS, **config), cache_frozen_layers=True, **settings)
 
@@ -375,14 +375,14 @@ def test_states_that_do_not_fit_are_not_cached(make_trainer, monkeypatch):
 def test_rows_that_never_come_back_are_given_up_at_the_limit(make_trainer, caplog):
     """Rows that are put together anew in each epoch fill the memory, and are of no use."""
     trainer = make_trainer(make_llama(num_hidden_layers=LAYERS), make_equal_rows(), **UPPER)
-    trainer._frozen_cache.limit = 1000
+    trainer.frozen_cache.limit = 1000
     trainer.train()
     assert "full before a row came back" in caplog.text
-    assert trainer._frozen_cache.bytes == 0
+    assert trainer.frozen_cache.bytes == 0
 
 
 def test_the_states_take_what_was_said(make_trainer):
     rows = make_equal_rows()
     trainer = make_trainer(make_llama(num_hidden_layers=LAYERS), rows, **UPPER)
     trainer.train()
-    assert trainer._frozen_cache.bytes == states_bytes(trainer) == 6 * (5 + 2 + 1) * 32 * 4
+    assert trainer.frozen_cache.bytes == states_bytes(trainer) == 6 * (5 + 2 + 1) * 32 * 4

@@ -64,7 +64,7 @@ def test_only_the_rows_of_the_term_train_under_weight_decay(name, make_config):
 
 def test_a_delta_that_moved_outside_its_rows_is_not_saved(make_config, tmp_path):
     trainer = trained(build("bloom"), make_config)
-    site = trainer._deltas.sites[0]
+    site = trainer.trained_sites[0]
     with torch.no_grad():
         delta(trainer.model, site)[0, site.rows[-1] + 1] = 1e-6
     with pytest.raises(RuntimeError, match=rf"{re.escape(site.module)}\b.*\b{site.term}\b"):
@@ -106,7 +106,7 @@ def test_a_conv1d_run_goes_on_from_its_checkpoint(make_config):
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom"])
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
-def test_a_quantised_fused_base_trains_its_term_alone(name, bits, make_config, tmp_path):
+def test_a_quantised_fused_base_trains_only_its_term(name, bits, make_config, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     build(name).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(
@@ -169,6 +169,6 @@ def test_a_dead_key_moves_nothing_else(make_config):
     """A scoring pass with dead keys among the candidates trains as one that knows of none."""
     auto = trained(build("bloom"), make_config)
     given = trained(build("bloom"), make_config, bias_term=auto.selected_bias_term)
-    for site in auto._deltas.sites:
-        twin = next(other for other in given._deltas.sites if other.module == site.module)
+    for site in auto.trained_sites:
+        twin = next(other for other in given.trained_sites if other.module == site.module)
         assert torch.equal(delta(auto.model, site), delta(given.model, twin))

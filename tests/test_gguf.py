@@ -11,14 +11,13 @@ import os
 
 import pytest
 import torch
-from conftest import make_llama, make_rows, make_tokenizer
+from conftest import make_llama, make_rows, saved
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from beft_trl import MergeError, export_lora, find_bias_sites, merge_adapter
 from beft_trl.cli.main import app
 from beft_trl.merge.gguf import LORA_SCRIPT, MODEL_SCRIPT
-from beft_trl.tuner import attach_deltas, delta
 
 
 TEXTS = [(row["prompt"], row["completion"]) for row in make_rows(60, seed=3)]
@@ -28,15 +27,8 @@ real = pytest.mark.skipif(not os.environ.get("LLAMA_CPP"), reason="no llama.cpp:
 @pytest.fixture
 def adapter(tmp_path):
     """An adapter of query, key and value, whose rotary rows llama.cpp has in another order than Transformers."""
-    torch.manual_seed(0)
     model = make_llama()
-    model.save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    sites = find_bias_sites(model)
-    adapted = attach_deltas(model, sites)
-    for site in sites:
-        delta(adapted, site).data[0, site.rows] = torch.randn(len(site.rows))
-    adapted.save_pretrained(tmp_path / "adapter")
+    saved(model, tmp_path, find_bias_sites(model))
     return tmp_path / "adapter"
 
 

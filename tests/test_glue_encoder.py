@@ -52,7 +52,7 @@ def test_local_files(project):
 
     control = run(project, *files[:-1], "head", "--head_only", "true")
     assert control.returncode == 0, control.stderr
-    assert "Trained the head alone on 24 rows" in control.stdout
+    assert "Trained only the head on 24 rows" in control.stdout
 
     merge_adapter(project / "out", project / "merged", base=str(project / "encoder"))
     answer = pipeline("text-classification", model=str(project / "merged"))("w1 w2 w3")[0]
@@ -84,7 +84,7 @@ def measured(done) -> list[float]:
     return [float(part.split()[1]) for part in line.split(", ")]
 
 
-def test_training_file_alone_is_refused(project):
+def test_a_training_file_without_a_validation_file_is_refused(project):
     done = run(project, "--train_file", "rows.tsv", "--output_dir", "out")
     assert done.returncode != 0 and "validation_file together" in done.stderr
 

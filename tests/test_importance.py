@@ -36,7 +36,7 @@ def test_importance_is_the_relative_projection_of_the_shorter_vector(seed):
         ([3.0, 4.0], [0.0, 0.0], 1.0),  # from zero, every change is 1
         ([0.0, 0.0], [3.0, 4.0], 1.0),
         ([3.0, 4.0], [3.0, 4.0], 0.0),
-        ([6.0, 8.0], [3.0, 4.0], 0.5),  # magnitude alone
+        ([6.0, 8.0], [3.0, 4.0], 0.5),  # only magnitude
         ([4.0, -3.0], [3.0, 4.0], 1.0),  # a right angle
         ([-3.0, -4.0], [3.0, 4.0], 2.0),  # beyond a right angle
         ([1e-30, 0.0], [1e-30, 0.0], 0.0),  # squares that underflow in fp32

@@ -48,6 +48,15 @@ def test_nothing_imports_the_command_line_or_the_plugin():
     assert not [module for module, imports in GRAPH.items() if imports & ENDS]
 
 
+def test_only_its_own_module_reads_what_is_private_to_a_trainer():
+    """But for what is private to one of Transformers or TRL, in `compat`."""
+    for path in MODULES:
+        if path.parent.name != "compat":
+            code = path.read_text(encoding="utf-8")
+            read = set(re.findall(r"\btrainer\.(_[a-z]\w*)", code))
+            assert read <= set(re.findall(r"\bself\.(_[a-z]\w*)", code)), path
+
+
 def test_axolotl_is_imported_only_by_its_plugin():
     naming = {name_of(path) for path in MODULES if re.search(r"^\s*(from|import) axolotl", path.read_text(), re.M)}
     assert naming == {"axolotl"}

@@ -92,7 +92,7 @@ def test_every_resume_continues_and_the_end_is_that_of_a_run_never_killed(tmp_pa
         process = start(killed, steps, resume=last_complete_checkpoint(killed) is not None)
         assert last_step < steps, "the run ended before all kills: give it more steps"
         resumed_at = step_reached(killed)
-        assert resumed_at >= last_step  # never behind a checkpoint that was complete before
+        assert resumed_at >= last_step  # never before a checkpoint that was complete
         # A moment is a step and a part of one, so that a fast machine leaves steps for the kills to come.
         last_moment = resumed_at + (steps - resumed_at) // (kills - kill + 1)
         moment = moments.randint(resumed_at, last_moment)

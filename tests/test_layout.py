@@ -48,8 +48,8 @@ def test_sizes_biases_dead_keys_and_left_out_layers(name):
 def terms_by_perturbation(model, path):
     """For each output feature of the projection at `path`, which term it is, found out by disturbing it.
 
-    One copy of the sequence for each feature, whose output at one token is disturbed. A query acts on its own token
-    alone, and not at all on the first, which sees itself only; a value acts on later tokens in proportion to the
+    One copy of the sequence for each feature, whose output at one token is disturbed. A query acts only on its own
+    token, and not at all on the first, which sees itself only; a value acts on later tokens in proportion to the
     disturbance, since it leaves the probabilities as they are; a key does so out of proportion.
     """
     projection, attention = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])

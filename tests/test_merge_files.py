@@ -93,7 +93,7 @@ def test_a_killed_merge_leaves_no_checkpoint_and_the_next_one_clears_up_after_it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
-def test_a_merge_leaves_alone_what_others_may_be_writing(tmp_path):
+def test_a_merge_keeps_what_others_may_be_writing(tmp_path):
     """A merge that runs, one of another machine that shares the disk, and what no lock tells about."""
     model = build("llama")
     saved(model, tmp_path, of_term(model))

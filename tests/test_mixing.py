@@ -1,4 +1,4 @@
-"""Many adapters over one base: each row of a batch has the logits that it has alone with its own adapter."""
+"""Many adapters over one base: each row of a batch has the logits that it has by itself with its own adapter."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def make_adapters(make, folder, terms=("value", "query", "value")):
     return model.eval()
 
 
-def alone(make, folder, tokens):
+def one_by_one(make, folder, tokens):
     """By plain PEFT, one adapter at a time, and the base without one."""
     rows = []
     for name, row in tokens.items():
@@ -46,14 +46,14 @@ def test_each_row_has_its_own_adapter(tmp_path, name):
     tokens = torch.randint(3, 60, (4, 7))
     before = model(input_ids=tokens, use_cache=False).logits
     mixed = model(input_ids=tokens, adapter_names=names, use_cache=False).logits
-    expected = alone(MODELS[name], tmp_path, dict(zip(names, tokens, strict=True)))
+    expected = one_by_one(MODELS[name], tmp_path, dict(zip(names, tokens, strict=True)))
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert (expected[2] - expected[0]).abs().max() > 1e-2
     assert torch.equal(model(input_ids=tokens, use_cache=False).logits, before)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
-def test_answers_of_a_mixed_batch_are_those_of_each_row_alone(tmp_path, options):
+def test_answers_of_a_mixed_batch_are_those_of_each_row_by_itself(tmp_path, options):
     model = make_adapters(make_llama, tmp_path)
     tokens, names = torch.randint(3, 60, (3, 5)), ["b", "a", "__base__"]
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}

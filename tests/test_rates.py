@@ -124,7 +124,7 @@ def test_a_relative_learning_rate_is_that_share_of_the_size_of_the_outputs(make_
     assert all(group["params"] for group in trainer.optimizer.param_groups)
 
 
-def test_a_relative_learning_rate_leaves_the_scores_alone(make_trainer):
+def test_a_relative_learning_rate_leaves_the_scores_as_they_are(make_trainer):
     plain, relative = (make_trainer(relative_learning_rate=rate) for rate in (None, 0.03))
     plain.train()
     relative.train()

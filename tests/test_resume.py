@@ -87,7 +87,7 @@ def test_a_resume_at_the_last_step_trains_nothing(make_run, tmp_path, schedule):
     resumed = make_run("killed", **settings)
     output = resumed.train(resume_from_checkpoint=True)
     resumed.save_model()
-    assert output.global_step == resumed.state.global_step == steps
+    assert output.global_step == resumed.state.global_step == resumed.resumed_at == steps
     assert same_bits(adapter(tmp_path / "killed"), adapter(tmp_path / "whole"))
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == list(range(1, steps + 1))
 

@@ -93,7 +93,7 @@ def test_another_reference_is_the_one_that_counts(tmp_path):
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_an_adapter_that_goes_on_is_its_own_reference_and_is_saved_alone(tmp_path, precomputed):
+def test_an_adapter_that_goes_on_is_its_own_reference_and_only_it_is_saved(tmp_path, precomputed):
     """TRL copies it to an adapter named "ref", which is no part of what is saved."""
     first = make("DPO", tmp_path / "first")
     first.train()

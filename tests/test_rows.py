@@ -132,7 +132,7 @@ def ids(trainer):
 
 
 def test_a_text_column_next_to_a_completion_changes_nothing_that_is_learnt(make_trainer):
-    """TRL alone would add the end of the sequence to the text, and learn the completion without it."""
+    """TRL by itself would add the end of the sequence to the text, and learn the completion without it."""
     plain = make_trainer(rows=make_rows(4))
     three = make_trainer(rows=make_rows(4).map(lambda row: {"text": "unused"}))
     assert ids(three) == ids(plain)
@@ -255,7 +255,7 @@ def test_rows_with_fewer_labels_than_tokens_are_refused(make_trainer, more):
         make_trainer(rows=Dataset.from_list([row | good, row | more]))
 
 
-def test_a_first_token_alone_is_nothing_to_learn_from(make_trainer):
+def test_only_a_first_token_is_nothing_to_learn_from(make_trainer):
     """The loss of a causal model passes over the first label, which no token precedes."""
     for row in ({"input_ids": [3]}, {"input_ids": [3, 4], "labels": [3, -100]}):
         with pytest.raises(ValueError, match=r"\b4 rows.*completion_only_loss"):

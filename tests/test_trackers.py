@@ -24,4 +24,4 @@ def test_tensorboard_has_losses_scores_and_learning_rates(make_trainer, tmp_path
     for term, scores in trainer.bias_scores.terms.items():
         for score in ("importance", "magnitude", "fisher"):
             assert logged(f"train/beft/{score}/{term}") == [(0, pytest.approx(scores.score(score), rel=1e-6))]
-    assert logged("train/beft/trainable_parameters") == [(0, sum(len(site.rows) for site in trainer._deltas.sites))]
+    assert logged("train/beft/trainable_parameters") == [(0, sum(len(site.rows) for site in trainer.trained_sites))]

@@ -134,8 +134,10 @@ def test_a_plain_trainer_takes_the_mixin(make_config):
     batch = full_batch(make_tokenizer(), make_rows(16))
     rows = [{name: values[index] for name, values in batch.items()} for index in range(16)]
     trainer = BeftTrainer(make_llama(), make_config(), train_dataset=rows)
+    assert {site.term for site in trainer.trained_sites} == {"query", "key", "value"}
     trainer.train()
-    assert trainer.bias_scores.ranking and delta(trainer.model, trainer._deltas.sites[0]).any()
+    assert {site.term for site in trainer.trained_sites} == {trainer.selected_bias_term}
+    assert all(delta(trainer.model, site).any() for site in trainer.trained_sites)
 
 
 def test_an_explicit_term_is_recorded_without_scores(make_trainer, tmp_path):

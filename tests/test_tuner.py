@@ -42,20 +42,20 @@ def test_attached_deltas_change_nothing_and_are_all_that_trains(make_model):
 
 
 @pytest.mark.parametrize("bias_term", ["query", "value"])
-def test_keeping_one_term_leaves_what_attaching_it_alone_gives(bias_term):
+def test_keeping_one_term_leaves_what_attaching_only_it_gives(bias_term):
     kept, sites = attached(make_llama())
     of_term = [site for site in sites if site.term == bias_term]
     Deltas(kept, sites).keep(of_term)
-    alone, _ = attached(make_llama(), bias_term)
-    assert [name for name, _ in kept.named_modules()] == [name for name, _ in alone.named_modules()]
-    assert set(get_peft_model_state_dict(kept)) == set(get_peft_model_state_dict(alone))
-    assert set(kept.peft_config["default"].target_modules) == set(alone.peft_config["default"].target_modules)
-    assert kept.get_nb_trainable_parameters() == alone.get_nb_trainable_parameters()
+    expected, _ = attached(make_llama(), bias_term)
+    assert [name for name, _ in kept.named_modules()] == [name for name, _ in expected.named_modules()]
+    assert set(get_peft_model_state_dict(kept)) == set(get_peft_model_state_dict(expected))
+    assert set(kept.peft_config["default"].target_modules) == set(expected.peft_config["default"].target_modules)
+    assert kept.get_nb_trainable_parameters() == expected.get_nb_trainable_parameters()
     with torch.no_grad():
-        for model in (kept, alone):
+        for model in (kept, expected):
             for site in of_term:
                 delta(model, site).fill_(0.1)
-    assert torch.equal(kept(input_ids=tokens()).logits, alone(input_ids=tokens()).logits)
+    assert torch.equal(kept(input_ids=tokens()).logits, expected(input_ids=tokens()).logits)
 
 
 def test_deltas_become_fp32_whatever_they_were():

@@ -1,4 +1,4 @@
-"""Tokens that the base has not learnt are refused, and a template without any leaves the embeddings alone."""
+"""Tokens that the base has not learnt are refused, and a template without any leaves the embeddings as they are."""
 
 import pytest
 from conftest import VOCABULARY, make_llama, make_rows, make_tokenizer
@@ -57,7 +57,7 @@ def test_a_template_with_tokens_of_another_model_is_refused_before_anything_is_l
 
 
 def test_a_template_of_known_tokens_leaves_the_embedding_as_it_is(train, tmp_path):
-    """TRL alone would resize it to a multiple of 64, and add tokens to the tokenizer to fit."""
+    """TRL by itself would resize it to a multiple of 64, and add tokens to the tokenizer to fit."""
     base = save(tmp_path / "base", rows=VOCABULARY + 3)
     chat = save(tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -75,7 +75,7 @@ class Witness(beft_trl.cli.run.BeftSFTTrainer):
             "optimizer_dtypes": sorted(self.optimizer_dtypes()),
             "selected": self.selected_bias_term,
             "scores": self.bias_scores.to_dict(),
-            "skipped_frozen_layers": self._frozen_cache and self._frozen_cache.batches["skipped"],
+            "skipped_frozen_layers": self.frozen_cache and self.frozen_cache.batches["skipped"],
         }
         (NOTES / f"rank{self.args.process_index}.json").write_text(json.dumps(notes))
 

@@ -235,6 +235,10 @@ def _check_with_trainer(check: Check, recipe: Recipe, model: Any, data: Data, qu
         if quantization is not None:
             model.config.quantization_config = quantization
         trainer.find_checkpoint(args.resume_from_checkpoint, check.engine or "single", check.processes)
+    _check_memory(check, trainer, args, quantization)
+
+
+def _check_memory(check: Check, trainer: BeftSFTTrainer, args: Any, quantization: Any) -> None:
     check.device_memory = _device_memory(args.device, check.processes)
     try:
         check.memory = estimate_memory(

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -173,15 +173,28 @@ def parse_recipe(argv: Sequence[str] | None = None, config: type = BeftSFTConfig
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"The recipe is not YAML: {error}. Nothing was run.") from error
     if unknown:
-        known = [action.dest for action in parser._actions]
-        keys = [text.lstrip("-").split("=")[0] for text in unknown if text.startswith("--")] or unknown
-        suggestions = {key: difflib.get_close_matches(key, known, n=1, cutoff=0.8) for key in keys}
-        raise ValueError(
-            "Unknown settings: "
-            + ", ".join(key + (f" (did you mean {near[0]}?)" if near else "") for key, near in suggestions.items())
-            + f". {SETTINGS}"
-        )
+        _refuse_unknown(parser, unknown)
     script_args, training_args, model_args, dataset_args = arguments
+    given = parser.in_recipe | {text.lstrip("-").split("=")[0].replace("-", "_") for text in argv if text[:2] == "--"}
+    _refuse_values(script_args, training_args, model_args, given)
+    for holder in (script_args, training_args, model_args):
+        _expand_paths(holder)
+    training_args.model_init_kwargs = _model_init_kwargs(training_args, model_args, given)
+    return Recipe(script_args, training_args, model_args, dataset_args)
+
+
+def _refuse_unknown(parser: RecipeParser, unknown: Sequence[str]) -> None:
+    known = [action.dest for action in parser._actions]
+    keys = [text.lstrip("-").split("=")[0] for text in unknown if text.startswith("--")] or unknown
+    suggestions = {key: difflib.get_close_matches(key, known, n=1, cutoff=0.8) for key in keys}
+    raise ValueError(
+        "Unknown settings: "
+        + ", ".join(key + (f" (did you mean {near[0]}?)" if near else "") for key, near in suggestions.items())
+        + f". {SETTINGS}"
+    )
+
+
+def _refuse_values(script_args: Any, training_args: Any, model_args: Any, given: Collection[str]) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name a model of the hub or a folder.")
     if model_args.use_peft:
@@ -189,7 +202,6 @@ def parse_recipe(argv: Sequence[str] | None = None, config: type = BeftSFTConfig
             "use_peft=True asks for a LoRA adapter next to the BEFT one: the two exclude each other. Leave it out "
             "and set bias_term, or use TRL's own sft.py for LoRA."
         )
-    given = parser.in_recipe | {text.lstrip("-").split("=")[0].replace("-", "_") for text in argv if text[:2] == "--"}
     given_up = [field.name for field in fields(model_args) if field.name.startswith(PEFT_FIELDS)]
     given_up = [name for name in given_up if name in given]
     if given_up:
@@ -198,12 +210,20 @@ def parse_recipe(argv: Sequence[str] | None = None, config: type = BeftSFTConfig
         raise ValueError(f"answers={script_args.answers} cannot be: give 0 or a number of held-out rows.")
     if not training_args.learning_rate and training_args.relative_learning_rate is None:
         raise ValueError("learning_rate=0 trains nothing: give a number above 0, or relative_learning_rate.")
-    for holder in (script_args, training_args, model_args):
-        for name in PATHS:
-            if isinstance(getattr(holder, name, None), str):
-                if "\0" in getattr(holder, name) or not getattr(holder, name).strip():
-                    raise ValueError(f"{name}={getattr(holder, name)!r} is no path. Give one, or leave it out.")
-                setattr(holder, name, os.path.expanduser(getattr(holder, name)))
+
+
+def _expand_paths(holder: Any) -> None:
+    """Puts the user's folder in the place of `~` in the paths of a configuration."""
+    for name in PATHS:
+        path = getattr(holder, name, None)
+        if isinstance(path, str):
+            if "\0" in path or not path.strip():
+                raise ValueError(f"{name}={path!r} is no path. Give one, or leave it out.")
+            setattr(holder, name, os.path.expanduser(path))
+
+
+def _model_init_kwargs(training_args: Any, model_args: Any, given: Collection[str]) -> dict[str, Any]:
+    """What the model is loaded with: `model_init_kwargs`, and the settings that stand for some of them."""
     init = training_args.model_init_kwargs or {}
     if (model_args.load_in_8bit or model_args.load_in_4bit) and "quantization_config" in init:
         raise ValueError(
@@ -218,8 +238,7 @@ def parse_recipe(argv: Sequence[str] | None = None, config: type = BeftSFTConfig
             raise ValueError(
                 f"{name}={value!r} and {key}={init[key]!r} of model_init_kwargs differ: give one of them."
             )
-    training_args.model_init_kwargs = {key: getattr(model_args, name) for key, name in INIT_FIELDS.items()} | init
-    return Recipe(script_args, training_args, model_args, dataset_args)
+    return {key: getattr(model_args, name) for key, name in INIT_FIELDS.items()} | init
 
 
 def load_rows(

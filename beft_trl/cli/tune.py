@@ -15,7 +15,6 @@ from ..checkpoints import check_writable
 from ..deltas import gather_deltas, set_deltas
 from ..engines import ENGINES, engine_of
 from ..evaluation import mean_loss, share_right
-from ..identity import identify_run
 from ..trainer import BeftSFTTrainer
 from ..tuning.outcome import PICTURE_FILE, RESULT_FILE, Choice, choose, picture_of, section_of, table_of, to_json
 from ..tuning.progress import Progress
@@ -182,7 +181,7 @@ def _tune(
     steps = run_steps(trainer)
     labelled = labelled_rows(trainer, trainer.train_dataset)
     splits = split_rows([class_of(row) for row in labelled], folds, args.seed)
-    about = identify_run(trainer.model.get_base_model(), args, trainer.train_dataset, trainer._base)
+    about = trainer.identity()
     bench = Bench(trainer, splits, labelled)
     rate = args.relative_learning_rate if args.relative_learning_rate is not None else args.learning_rate
     default = Settings(asked, args.bias_layers, rate, steps)
@@ -273,7 +272,7 @@ def _train_winner(bench: Bench, choice: Choice, result: _Result) -> dict[str, fl
         apart = {**quiet, "share": False, "output_dir": str(result.folder / TRIALS)}
         with bench.trainer(settings, bench.rows, **apart) as trainer:
             trainer.train()
-            members.append(gather_deltas(trainer.model, trainer._deltas.sites))
+            members.append(gather_deltas(trainer.model, trainer.trained_sites))
             if number < len(choice.members):
                 continue
             if number > 1:

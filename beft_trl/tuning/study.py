@@ -248,10 +248,10 @@ class Search:
             raise stopped.__cause__ from None
         except tuple(FAILURES) as error:
             # Memory runs out in one process: the others are in the middle of a step, and only their end frees them.
-            alone = isinstance(error, torch.OutOfMemoryError) and self.bench.accelerator.num_processes > 1
-            if is_default or alone:
+            in_one = isinstance(error, torch.OutOfMemoryError) and self.bench.accelerator.num_processes > 1
+            if is_default or in_one:
                 raise
-            failure = FAILURES[type(error)]
+            failure = next(name for kind, name in FAILURES.items() if isinstance(error, kind))
         finally:
             trial.set_user_attr("seconds", time.monotonic() - started)
             self.said(None, 0, None)

@@ -113,10 +113,10 @@ class Bench:
             trainer = BeftSFTTrainer(self._base, args, train_dataset=rows, **self.given)
         if args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
-        if share and trainer._frozen_cache is not None:
+        if share and trainer.frozen_cache is not None:
             # What the frozen layers give depends on the base and the row only, and so serves every trial of a span.
-            lowest = id(trainer._frozen_cache.frozen.first_trained)
-            trainer._frozen_cache = self._caches.setdefault(lowest, trainer._frozen_cache)
+            lowest = id(trainer.frozen_cache.frozen.first_trained)
+            trainer.frozen_cache = self._caches.setdefault(lowest, trainer.frozen_cache)
         try:
             yield trainer
         finally:
@@ -144,7 +144,7 @@ class Bench:
                 trainer.train()
                 if judge.reason is not None:
                     raise Stopped from judge.reason
-                trained.deltas.append(gather_deltas(trainer.model, trainer._deltas.sites))
+                trained.deltas.append(gather_deltas(trainer.model, trainer.trained_sites))
         return trained
 
     def judge_deltas(
@@ -167,7 +167,7 @@ class Bench:
     def losses(self, trainer: BeftSFTTrainer, rows: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
         """The losses of rows, of which each process computes its share."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        cache = trainer._frozen_cache
+        cache = trainer.frozen_cache
         size = trainer.args.per_device_eval_batch_size
         mine = row_losses(trainer.model, rows[rank::world], size, cache.in_use() if cache is not None else None)
         if world == 1:

@@ -27,7 +27,7 @@ import records
 import torch
 from datasets import Dataset
 from peft import BeftConfig, LoraConfig, get_peft_model
-from tasks import FULL_MODELS, MODELS, QUICK_MODEL, score_labelled_tokens_alone
+from tasks import FULL_MODELS, MODELS, QUICK_MODEL, QUIET, score_only_labelled_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -64,7 +64,7 @@ BATCH, LENGTH = 4, 128
 DEPTH = {"models/opt-small": 6, "models/SmolLM2-135M-Instruct": 30, QUICK_MODEL: 2}
 WARMING_UP = 3  # steps
 # glibc gives large tensors fresh pages in every step until a process's heap has grown, as it does in a scoring pass.
-# For that alone, an arm that had one before its run was a tenth faster.
+# For no other reason an arm that had one before its run was a tenth faster.
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 SCORE_STEPS = {100: 3, 1000: 5}  # by default, in a run of so many steps; these runs are shorter
 
@@ -159,10 +159,9 @@ def measure_trainer(cell: dict, model, rows: Dataset) -> dict:
     watch, arm = Stopwatch(), cell["arm"]
     with tempfile.TemporaryDirectory() as folder:
         config = {
-            "output_dir": folder, "max_steps": cell["steps"], "per_device_train_batch_size": cell["batch"],
-            "learning_rate": 1e-4, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
-            "save_strategy": "steps", "save_steps": cell["steps"], "logging_strategy": "no", "disable_tqdm": True,
-            "max_length": None,
+            **QUIET, "output_dir": folder, "max_steps": cell["steps"], "per_device_train_batch_size": cell["batch"],
+            "learning_rate": 1e-4, "max_length": None, "save_strategy": "steps", "save_steps": cell["steps"],
+            "logging_strategy": "no",
         }  # fmt: skip
         data = {
             "train_dataset": rows,
@@ -290,7 +289,7 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="one shape of models/opt-quick, to see that it works")
     parser.add_argument("--cell", help=argparse.SUPPRESS)  # one run, in this process
     parsed = parser.parse_args()
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if parsed.cell:
         print(json.dumps(measure(json.loads(parsed.cell))))
         sys.exit()

@@ -18,7 +18,7 @@ from statistics import fmean, median
 import records
 from peft import IA3Config, LoraConfig
 from quality import measure
-from tasks import MODELS, QUICK_MODEL, Model, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUICK_MODEL, QUIET, Model, Task, add_arguments, load_task, parse, score_only_labelled_tokens
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -79,8 +79,7 @@ def run(model: str, task: Task, seed: int, arm: str) -> dict:
 
 def trainer_of(model: str, task: Task, seed: int, arm: str, folder: str) -> SFTTrainer:
     config = {
-        "output_dir": folder, "seed": seed, "bf16": False, "report_to": "none", "save_strategy": "no",
-        "logging_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False, "max_length": 256,
+        **QUIET, "output_dir": folder, "seed": seed, "logging_strategy": "no", "max_length": 256,
         "model_init_kwargs": {"dtype": MODELS.get(model, Model("bfloat16", ())).dtype},
     }  # fmt: skip
     data = {
@@ -131,7 +130,7 @@ if __name__ == "__main__":
     parsed = parse(parser)
     if parsed.quick:
         parsed.models, parsed.tasks = [QUICK_MODEL], ["routing-16"]
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

@@ -6,7 +6,7 @@ python examples/benchmarks/encoder.py --report             # the tables of what 
 
 The package carries all-MiniLM-L6-v2: BERT's architecture, 6 layers, native biases. It learns SST-2 from few sentences
 and is measured on the whole validation set. The head is trained in every arm, so that each has to beat `head`. The key
-bias is dead in BERT and refused: an arm of it would be the head alone. Each arm has three learning rates; the one with
+bias is dead in BERT and refused: an arm of it would be only the head. Each arm has three learning rates; the one with
 the lowest loss on 200 development sentences stands in the table, for each seed by itself.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 import records
 import torch
 from datasets import Dataset
-from tasks import FAST_BF16, SEEDS, sst2_parts
+from tasks import FAST_BF16, QUIET, SEEDS, sst2_parts
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 
 from beft_trl import BeftTrainer, BeftTrainingArguments
@@ -74,10 +74,9 @@ def make_trainer(model: str, rows: dict[str, Dataset], seed: int, arm: str, rate
     if arm == "head":
         classifier.base_model.requires_grad_(False)
     args = BeftTrainingArguments(
-        folder, bias_term="auto" if arm == "head" else arm, seed=seed, report_to="none",
-        num_train_epochs=EPOCHS[len(rows["train"])], learning_rate=rate, bf16=FAST_BF16,
-        use_cpu=not torch.cuda.is_available(),
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=32, save_strategy="no", disable_tqdm=True,
+        folder, bias_term="auto" if arm == "head" else arm, seed=seed, use_cpu=not torch.cuda.is_available(),
+        num_train_epochs=EPOCHS[len(rows["train"])], learning_rate=rate,
+        per_device_train_batch_size=BATCH, per_device_eval_batch_size=32, **QUIET | {"bf16": FAST_BF16},
     )  # fmt: skip
     trainer_class = Trainer if arm == "head" else BeftTrainer
     return trainer_class(

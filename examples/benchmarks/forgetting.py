@@ -20,7 +20,7 @@ import records
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftConfig
 from quality import QUERY_AND_VALUE, measure
-from tasks import Task, add_arguments, load_task, parse, score_labelled_tokens_alone, sst2_parts
+from tasks import QUIET, Task, add_arguments, load_task, parse, score_only_labelled_tokens, sst2_parts
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -97,9 +97,8 @@ def main(arguments: argparse.Namespace) -> None:
 def run(model: str, task: Task, seed: int, arm: Arm, arguments: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         config = {
-            "output_dir": folder, "seed": seed, "max_steps": MARKS[1] if arguments.quick else MARKS[-1],
-            "per_device_train_batch_size": 2, "max_length": 256, "bf16": False, "report_to": "none",
-            "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
+            **QUIET, "output_dir": folder, "seed": seed, "max_steps": MARKS[1] if arguments.quick else MARKS[-1],
+            "per_device_train_batch_size": 2, "max_length": 256, "logging_strategy": "no",
             "model_init_kwargs": {"dtype": "float32"},
         }  # fmt: skip
         data = {
@@ -166,7 +165,7 @@ if __name__ == "__main__":
     add_arguments(parser, TASKS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parsed = parse(parser)
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

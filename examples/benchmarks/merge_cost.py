@@ -81,10 +81,10 @@ def main() -> None:
         shutil.rmtree(output)
         started = time.perf_counter()
         merge_adapter(args.folder / "adapter", output, verify=False)
-        alone = time.perf_counter() - started
+        inside = time.perf_counter() - started
         print(
-            f"cp -r {copied:.1f} s; merge_adapter {alone:.1f} s, ratio {alone / copied:.2f}; beft merge, its imports "
-            f"included, {merged:.1f} s, ratio {merged / copied:.2f}, peak memory {peak / 2**20:.0f} MiB",
+            f"cp -r {copied:.1f} s; merge_adapter {inside:.1f} s, ratio {inside / copied:.2f}; beft merge, its "
+            f"imports included, {merged:.1f} s, ratio {merged / copied:.2f}, peak memory {peak / 2**20:.0f} MiB",
             flush=True,
         )
     shutil.rmtree(args.folder)

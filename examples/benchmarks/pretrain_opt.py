@@ -2,7 +2,7 @@
 
 python examples/benchmarks/pretrain_opt.py --data-dir DATA --minutes 40
 
-It learns from the SST-2 training sentences and the Alpaca instructions that the tasks of `tasks.py` leave alone. Every
+It learns from the SST-2 training sentences and the Alpaca instructions that no task of `tasks.py` uses. Every
 other sentence ends in a verdict of a few words, drawn by its label: so the model knows of sentiment before it is asked
 for it in the words of the task, as a real one does. It is written to models/opt-small with its own byte-level BPE
 tokenizer.

@@ -22,7 +22,7 @@ import records
 import torch
 from datasets import Dataset
 from peft import BeftConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
-from tasks import MODELS, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUIET, Task, add_arguments, load_task, parse, score_only_labelled_tokens
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer
@@ -178,8 +178,7 @@ def trainer_of(model: str, task: Task, seed: int, arm: Arm, rate: float, folder:
     # Updates of full fine-tuning at these rates are lost in bf16 weights; adapters and deltas are fp32 next to them.
     dtype = MODELS[model].dtype if arm.bias_term or arm.adapter else "float32"
     config = {
-        "output_dir": folder, "seed": seed, "learning_rate": rate or 1e-3, "bf16": False, "report_to": "none",
-        "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
+        **QUIET, "output_dir": folder, "seed": seed, "learning_rate": rate or 1e-3, "logging_strategy": "no",
         "model_init_kwargs": {"dtype": dtype}, **SETTINGS, **arm.settings,
     }  # fmt: skip
     data = {
@@ -264,7 +263,7 @@ if __name__ == "__main__":
     parsed = parse(parser)
     if parsed.quick:
         parsed.arms = QUICK_ARMS
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

@@ -20,6 +20,7 @@ def main(arguments: argparse.Namespace) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as TRL's colocated mode needs it: the engine in this process
     import torch
     from datasets import load_dataset
+    from tasks import QUIET
     from trl.generation import vllm_generation
     from vllm import SamplingParams
 
@@ -33,8 +34,7 @@ def main(arguments: argparse.Namespace) -> None:
             folder, max_steps=arguments.steps, per_device_train_batch_size=8, num_generations=4,
             max_completion_length=8, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=256,
             vllm_gpu_memory_utilization=0.3 if torch.cuda.is_available() else 0.1, relative_learning_rate=0.2,
-            use_cpu=not torch.accelerator.is_available(), gradient_checkpointing=False, report_to="none",
-            save_strategy="no", model_init_kwargs={"dtype": "float32"}, bf16=False, disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(), model_init_kwargs={"dtype": "float32"}, **QUIET,
         )  # fmt: skip
         trainer = BeftGRPOTrainer(arguments.base, short, args=args, train_dataset=rows)
         tokenizer, generation = trainer.processing_class, trainer.vllm_generation

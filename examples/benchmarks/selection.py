@@ -1,12 +1,12 @@
-"""Does the score choose the term that training alone proves best?
+"""Does the score choose the term that training proves best?
 
 python examples/benchmarks/selection.py --data-dir DATA      # all cells, appended to results/selection.jsonl
 python examples/benchmarks/selection.py --report             # the tables of what is in the file
 
-A cell is a model, a task and a seed. The oracle trains each term alone, and all together, to the end, and ranks them
-by the loss on the task's test rows. Against it stand the choices of the three scores, from every anchor that the model
-has, after 2, 5, 10 and 20 steps and after a scoring pass as long as the run, which is the paper's procedure. A cell
-that the file holds already is passed over, so that the command can be stopped and started again.
+A cell is a model, a task and a seed. The oracle trains each term by itself, and all together, to the end, and ranks
+them by the loss on the task's test rows. Against it stand the choices of the three scores, from every anchor that the
+model has, after 2, 5, 10 and 20 steps and after a scoring pass as long as the run, which is the paper's procedure. A
+cell that the file holds already is passed over, so that the command can be stopped and started again.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import records
-from tasks import MODELS, QUICK_TASK, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUICK_TASK, QUIET, Task, add_arguments, load_task, parse, score_only_labelled_tokens
 from transformers import AutoTokenizer
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer
@@ -98,9 +98,8 @@ def trainer_of(model: str, task: Task, seed: int, bias_term: str, **settings) ->
         config = BeftSFTConfig(
             folder, bias_term=bias_term, seed=seed, num_train_epochs=EPOCHS[task.name], max_length=128,
             learning_rate=learning_rate(model), bias_layers="all",
-            per_device_train_batch_size=BATCH, per_device_eval_batch_size=16, bf16=False, report_to="none",
-            save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-            model_init_kwargs={"dtype": MODELS[model].dtype}, **settings,
+            per_device_train_batch_size=BATCH, per_device_eval_batch_size=16,
+            model_init_kwargs={"dtype": MODELS[model].dtype}, **QUIET, **settings,
         )  # fmt: skip
         yield BeftSFTTrainer(
             model, config, train_dataset=task.train, eval_dataset=task.test,
@@ -110,7 +109,7 @@ def trainer_of(model: str, task: Task, seed: int, bias_term: str, **settings) ->
 
 def report(results: Path) -> None:
     lines = records.read(results)
-    print("Loss on the test rows of each term trained alone, mean over seeds:\n")
+    print("Loss on the test rows of each term trained by itself, mean over seeds:\n")
     print("| model | task | seeds | query | key | value | all |\n|---|---|---:|---:|---:|---:|---:|")
     cells = defaultdict(list)
     for line in lines:
@@ -183,7 +182,7 @@ if __name__ == "__main__":
     parser = records.make_parser(__doc__, "selection.jsonl")
     add_arguments(parser, TASKS)
     parsed = parse(parser)
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)

@@ -52,7 +52,7 @@ def tasks(arguments: argparse.Namespace) -> None:
     """
     import records
     import torch
-    from tasks import load_task
+    from tasks import QUIET, load_task
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from beft_trl import BeftSFTConfig, BeftSFTTrainer, export_lora, load_adapter
@@ -71,9 +71,8 @@ def tasks(arguments: argparse.Namespace) -> None:
         wanted = [vectors for vectors in (name, "all") if (name, vectors) not in done]
         if wanted and not (folder / "adapter_config.json").exists():
             config = BeftSFTConfig(
-                output_dir=str(folder), max_length=256, bf16=False, gradient_checkpointing=False, report_to="none",
-                save_strategy="no", disable_tqdm=True, seed=0, model_init_kwargs={"dtype": "float32"},
-            )  # fmt: skip
+                str(folder), max_length=256, seed=0, model_init_kwargs={"dtype": "float32"}, **QUIET
+            )
             trainer = BeftSFTTrainer(MODEL, config, train_dataset=task.train, processing_class=tokenizer)
             trainer.train()
             trainer.save_model()

@@ -37,10 +37,18 @@ MODELS = {
     QUICK_MODEL: Model("float32", ("bias", "activation")),
 }
 
-# Rows that the pretraining of the small OPT leaves alone: tasks draw from these.
+# Rows that the pretraining of the small OPT does not use: tasks draw from these.
 SST2_ROWS, ALPACA_ROWS = 6_000, 600
 TREC = ("description", "entity", "person", "number", "place", "abbreviation")
 MESSAGES = Path(__file__).parents[1] / "data"
+# Of a configuration: a run that writes and tells nothing, in the dtype of its weights.
+QUIET = {
+    "bf16": False,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return arguments
 
 
-def score_labelled_tokens_alone() -> None:
+def score_only_labelled_tokens() -> None:
     """Has TRL compute logits only where a label is on a CPU too, as it does on a GPU: the same loss in half the time.
 
     TRL asks this function whether the device is a GPU, and scores all positions elsewhere, prompts and padding too.

@@ -20,7 +20,7 @@ from statistics import fmean
 import optuna
 import records
 from peft import IA3Config, LoraConfig, PeftConfig
-from tasks import MODELS, Task, add_arguments, load_task, parse, score_labelled_tokens_alone
+from tasks import MODELS, QUIET, Task, add_arguments, load_task, parse, score_only_labelled_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -86,9 +86,8 @@ def run(model: str, task: Task, seed: int, arm: str, arguments) -> dict:
 def settings_of(model: str, task: Task, seed: int, arguments, folder: str) -> dict:
     steps = 8 if arguments.quick else arguments.steps or enough_steps(len(task.train))
     return {
-        "output_dir": folder, "seed": seed, "max_steps": steps, "per_device_train_batch_size": 2, "max_length": 128,
-        "per_device_eval_batch_size": 16, "bf16": False, "report_to": "none", "save_strategy": "no",
-        "logging_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
+        **QUIET, "output_dir": folder, "seed": seed, "max_steps": steps, "logging_strategy": "no", "max_length": 128,
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 16,
     }  # fmt: skip
 
 
@@ -209,7 +208,7 @@ if __name__ == "__main__":
     parsed = parse(parser)
     if parsed.quick:
         parsed.minutes, parsed.trials = None, 3
-    score_labelled_tokens_alone()
+    score_only_labelled_tokens()
     if not parsed.report:
         main(parsed)
     report(parsed.results)
