@@ -102,7 +102,7 @@ def test_after_an_rms_norm_the_error_is_the_one_that_is_stated(tmp_path, name):
 
 
 def test_the_error_of_an_adapter_is_that_of_its_base(tmp_path):
-    """Vectors of the base alone would miss one by several times as much in the layers after the first."""
+    """Only the vectors of the base would miss one by several times as much in the layers after the first."""
     adapter = make_adapter(make_llama(num_hidden_layers=4), tmp_path, scale=1.0)
     report = export_lora(adapter, tmp_path / "lora", texts=make_texts(200), vectors=tmp_path / "v", force=True)
     of_base = UnitVectors.load(tmp_path / "v").vectors

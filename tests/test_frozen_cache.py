@@ -354,7 +354,7 @@ def test_rows_whose_states_depend_on_the_longest_of_their_batch_are_not_cached(m
     assert (next_to.hidden_states[1][0, :10] - by_itself).abs().max() > 1e-2
     with pytest.raises(ValueError, match="beyond 16 positions"):
         make_trainer(model, **UPPER, max_length=17, cache_frozen_layers=True)
-    assert make_trainer(model, **UPPER, max_length=16)._frozen_cache is not None
+    assert make_trainer(model, **UPPER, max_length=16).frozen_cache is not None
 
 
 def test_a_stream_is_not_cached(make_trainer):
