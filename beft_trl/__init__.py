@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .weight_files import MergeError
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULE_OF = {
     "BeftConfigMixin": "config",
