@@ -3,9 +3,9 @@
 python examples/benchmarks/grpo.py              # all runs, appended to results/grpo.jsonl
 python examples/benchmarks/grpo.py --report     # the table of what is in the file
 
-Task, prompts and reward are those of examples/grpo.py, and the settings are its recipe's but for the learning rate of
-LoRA. Of LoRA's rates the one with the largest mean reward over the last ten steps stands in table and picture, for all
-seeds together: no held-out message has a say in it. A run that the file holds already is passed over.
+Task, prompts and reward are those of examples/grpo.py, and the settings are its recipe's but for the learning rates. Of
+an arm's rates the one with the largest mean reward over the last ten steps stands in table and picture, for all seeds
+together: no held-out message has a say in it. A run that the file holds already is passed over.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from beft_trl import BeftGRPOConfig, BeftGRPOTrainer
 
 
 EXAMPLES = Path(__file__).parents[1]
-RATES = {"BEFT": [None], "LoRA r=8": [1e-4, 3e-4, 1e-3]}  # `None`: the recipe's
+RATES = {"BEFT": [None, 0.02], "LoRA r=8": [3e-4, 1e-3]}  # relative and absolute; `None`: the recipe's, 0.01
 SEEDS = [0, 1, 2]
 PARTS = 4  # of LoRA's batch
 EVERY, LAST = 10, 10  # steps between two looks at the held-out messages, and those of which rewards are compared
@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
     done = [key(line) for line in records.read(arguments.results)]
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            for rate in arguments.rates if arguments.rates and RATES[arm] != [None] else RATES[arm]:
+            for rate in arguments.rates or RATES[arm]:
                 line = {"arm": arm, "learning_rate": rate, "seed": seed, "steps": arguments.steps}
                 if key(line) not in done:
                     line |= run(arguments.model, arm, rate, seed, arguments.steps)
@@ -59,14 +59,16 @@ def run(model: str, arm: str, rate: float | None, seed: int, steps: int | None) 
     shown, rest = example["split"](train)
     held_out = example["prompts"](test, shown)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    config = GRPOConfig if rate else BeftGRPOConfig
+    lora = arm != "BEFT"
+    config = GRPOConfig if lora else BeftGRPOConfig
     settings = {each.name: recipe[each.name] for each in fields(config) if each.name in recipe}
     settings |= {"seed": seed, "disable_tqdm": True, "model_init_kwargs": {"dtype": recipe["dtype"]}}
     answers = settings["per_device_train_batch_size"]
     if rate:
+        settings["learning_rate" if lora else "relative_learning_rate"] = rate
+    if lora:
         # All answers of a step at once would be 15 GB of activations, since LoRA's gradients pass every layer.
-        parts = {"per_device_train_batch_size": answers // PARTS, "gradient_accumulation_steps": PARTS}
-        settings |= {"learning_rate": rate, **parts}
+        settings |= {"per_device_train_batch_size": answers // PARTS, "gradient_accumulation_steps": PARTS}
     settings |= {"max_steps": steps} if steps else {}
     with tempfile.TemporaryDirectory() as folder:
         given = {
@@ -75,7 +77,7 @@ def run(model: str, arm: str, rate: float | None, seed: int, steps: int | None) 
             "train_dataset": example["prompts"](rest, shown),
             "processing_class": tokenizer,
         }
-        if rate:
+        if lora:
             adapter = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
             trainer = GRPOTrainer(model, peft_config=adapter, **given)
         else:
@@ -142,7 +144,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--arms", nargs="+", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--rates", nargs="+", type=float, help="of LoRA")
+    parser.add_argument("--rates", nargs="+", type=float, help="instead of those of the arms: relative ones for BEFT")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parsed = parser.parse_args()
     if not parsed.report:
