@@ -3,9 +3,9 @@
 python examples/benchmarks/grpo.py              # all runs, appended to results/grpo.jsonl
 python examples/benchmarks/grpo.py --report     # the table of what is in the file
 
-Task, prompts and reward are those of examples/grpo.py, and the settings are its recipe's but for the learning rates. Of
-an arm's rates the one with the largest mean reward over the last ten steps stands in table and picture, for all seeds
-together: no held-out message has a say in it. A run that the file holds already is passed over.
+Task, prompts and reward are those of examples/grpo.py, and the settings are its recipe's but for the learning rates.
+Of an arm's rates the one with the largest mean reward over the last ten steps stands in table and picture, for all
+seeds together: no held-out message has a say in it. A run that the file holds already is passed over.
 """
 
 import argparse
