@@ -224,11 +224,11 @@ class RelativeRatesMixin(BeftConfigMixin):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "The initial learning rate, one for all layers. Default: `relative_learning_rate`, "
-            f"{RELATIVE_LEARNING_RATE}, of what each layer's projection gives."
+            "help": "The initial learning rate, one for all layers. Default: none, each layer has its own by "
+            f"`relative_learning_rate`, {RELATIVE_LEARNING_RATE}."
         },
     )
-    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision. Default: on GPUs that can."})
+    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision. Default: on, if the GPU supports it."})
 
     def __post_init__(self):
         if self.learning_rate is None:
@@ -260,8 +260,8 @@ class BeftSFTConfig(RelativeRatesMixin, SFTConfig):
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": f"Passes over the rows. Default, if max_steps is not given: those of {ENOUGH_STEPS} optimizer "
-            "steps, or of as many as there are rows."
+            "help": f"Passes over the rows. Default, if max_steps is not given: enough for {ENOUGH_STEPS} "
+            "optimizer steps, or for as many as there are rows, if those are more."
         },
     )
     per_device_train_batch_size: int = field(

@@ -95,7 +95,7 @@ def score(
     context: typer.Context,
     recipe: RecipePath,
     steps: Annotated[
-        str | None, typer.Option(help="Optimizer steps of the pass; several, as in 5,10,20, show how it settles.")
+        str | None, typer.Option(help="Optimizer steps of the pass, or several, as in 5,10,20, to compare them.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for beft_scores.json and .png. Default: output_dir of the recipe.")
@@ -130,12 +130,12 @@ def train(context: typer.Context, recipe: RecipePath, launch: Launch = None) -> 
 def tune(
     context: typer.Context,
     recipe: RecipePath,
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier calls among them.")] = 16,
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all, with those of earlier calls.")] = 16,
     minutes: Annotated[
-        float | None, typer.Option(help="For the search; the winner is trained after them. Default: no limit.")
+        float | None, typer.Option(help="Limit of the search; the winner is trained after it. Default: none.")
     ] = None,
     folds: Annotated[
-        int | None, typer.Option(min=2, help="Of cross-validation. Default: a quarter of the rows is judged by.")
+        int | None, typer.Option(min=2, help="Folds of cross-validation. Default: a quarter of the rows is held back.")
     ] = None,
     storage: Annotated[
         str | None, typer.Option(help="URL of the study's database. Default: a file in the output folder.")
@@ -256,9 +256,9 @@ def export(
     vectors: Annotated[
         Path | None, typer.Option(help="File that keeps the base's vectors. Default: in the cache of the hub.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write it though it is too far off.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write it even if it is too far from the adapter.")] = False,
     file_format: Annotated[
-        str, typer.Option("--format", help="lora, or gguf for a GGUF of the LoRA, too: llama-server --lora.")
+        str, typer.Option("--format", help="lora, or gguf to add a GGUF of it, for llama-server --lora.")
     ] = "lora",
     llama_cpp: LlamaCpp = None,
 ) -> None:

@@ -67,9 +67,9 @@ def tune(
     Args:
         recipe (`str`, `Path` or `BeftSFTTrainer`): a YAML file, or a trainer that has not trained, whose base is
             taken; its `eval_dataset` is the test set.
-        trials (`int`, *optional*, defaults to 16): to have in the study.
-        minutes (`float`, *optional*): for the search. The winner is trained after them.
-        folds (`int`, *optional*): of cross-validation. Default: a quarter of the rows is judged by.
+        trials (`int`, *optional*, defaults to 16): in all, with those of earlier calls.
+        minutes (`float`, *optional*): limit of the search. The winner is trained after it.
+        folds (`int`, *optional*): of cross-validation. Default: none, a quarter of the rows is held back.
         storage (`str`, *optional*): URL of the study's database. Default: a file in the output folder.
         output (`str` or `Path`, *optional*): folder. Default: that of the recipe with `-tuned`.
         overrides (`Sequence[str]`, *optional*): of the recipe's fields, as `--name value`.
@@ -79,8 +79,8 @@ def tune(
 
     Raises:
         ImportError: without Optuna.
-        OSError, ValueError: for what cannot be searched, of a recipe before any weight is loaded; for a study of
-            something else.
+        OSError, ValueError: for a recipe or trainer that cannot be searched (a recipe before any weight is loaded), or
+            a study of something else.
     """
     _check_numbers(trials, minutes, folds)
     parsed: Recipe | None = None
