@@ -213,8 +213,8 @@ def _ask_cuda_about_no_peer() -> None:
 
     It asks CUDA, and expects only the error of a torch that is built without it. One that is built for CUDA raises
     another on a machine without a driver, "Found no NVIDIA driver", which ends the run. Seen in Axolotl 0.19 and 0.21
-    with torch 2.13 (axolotl/utils/environment.py, `check_cuda_p2p_support`). This goes when it asks only where there is
-    a GPU.
+    with torch 2.13 (axolotl/utils/environment.py, `check_cuda_p2p_support`). This goes when it asks only where a
+    GPU is.
     """
     environment.check_cuda_p2p_support = lambda: True
 
