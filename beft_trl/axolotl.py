@@ -174,7 +174,8 @@ def _load_for_beft() -> None:
 
     It builds the bitsandbytes configuration only for these two names and loads in full precision otherwise
     (axolotl/loaders/model.py, `_set_quantization_config`); and under a launcher it puts the model on the accelerator
-    of its rank, also if there is none. This goes when it asks for a capability and for the device instead.
+    of its rank, also if there is none. Seen in Axolotl 0.19 and 0.21. This goes when it asks for a capability and for
+    the device instead.
     """
     if hasattr(ModelLoader, "_knows_beft"):
         return
@@ -199,13 +200,23 @@ def _join_processes_on_a_cpu(deepspeed: bool) -> None:
     """Makes accelerate's state before Axolotl does, which would know neither gloo nor DeepSpeed."""
     if not _launched_on_a_cpu():
         return
-    # It asks CUDA about the other rank's device, which raises in a build of torch for CUDA on a machine without one.
-    environment.check_cuda_p2p_support = lambda: True
+    _ask_cuda_about_no_peer()
     if deepspeed:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(cpu=not deepspeed, backend="gloo")
     # Time for gloo's threads to let go of the last tensors before the interpreter shuts down, see `run.leave`.
     atexit.register(time.sleep, 0.5)
+
+
+def _ask_cuda_about_no_peer() -> None:
+    """Answers for Axolotl whether two devices reach each other, where there is none.
+
+    It asks CUDA, and expects only the error of a torch that is built without it. One that is built for CUDA raises
+    another on a machine without a driver, "Found no NVIDIA driver", which ends the run. Seen in Axolotl 0.19 and 0.21
+    with torch 2.13 (axolotl/utils/environment.py, `check_cuda_p2p_support`). This goes when it asks only where a
+    GPU is.
+    """
+    environment.check_cuda_p2p_support = lambda: True
 
 
 def _launched_on_a_cpu() -> bool:

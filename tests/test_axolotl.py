@@ -1,6 +1,7 @@
 """The plugin in the real Axolotl, which has an environment of its own: skipped where it is not installed."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -207,6 +208,16 @@ def test_a_base_that_stays_in_full_precision_under_load_in_8bit_stops_the_run(wo
     model = AutoModelForCausalLM.from_pretrained(world / "base")
     with pytest.raises(RuntimeError, match=r"load_in_8bit.*q_proj.*\bLinear\b"):
         BeftPlugin().post_model_build(Settings(adapter="beft", load_in_8bit=True), model)
+
+
+def test_axolotl_calls_what_the_plugin_replaces():
+    """By these names: under another one the plugin's own would be set, and never called."""
+    from axolotl.loaders.model import ModelLoader
+    from axolotl.utils import environment
+
+    assert callable(environment.check_cuda_p2p_support)
+    assert "check_cuda_p2p_support()" in inspect.getsource(environment.check_cuda_p2p_ib_support)
+    assert "self._set_quantization_config()" in inspect.getsource(ModelLoader)
 
 
 def test_merge_and_inference(world, trained, tmp_path):

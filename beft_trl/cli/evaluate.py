@@ -63,7 +63,9 @@ def evaluate_targets(
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(each for each in DTYPES if each)}.")
     targets = _targets(names, base)
     found = read_file(test_file)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # Asked first: a torch that is built for CUDA names it on a machine without a driver, too.
+    on_gpu = torch.accelerator.is_available()
+    device = (torch.accelerator.current_accelerator() if on_gpu else None) or torch.device("cpu")
     if dtype is None:
         dtype = "float32" if slow_16_bits(device) else "auto"
     prepared = []
