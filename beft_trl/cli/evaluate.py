@@ -88,7 +88,7 @@ def evaluate_targets(
         figures = evaluate(subject.eval(), tokenizer, rows, choices, batch_size, max_new_tokens, bars=True)
         measured.append((target, figures))
         if target.adapter is not None:
-            config = subject.peft_config[ADAPTER_NAME]
+            config: Any = subject.peft_config[ADAPTER_NAME]
             if config.peft_type == PeftType.BEFT and not config.modules_to_save:
                 model = subject.unload()
                 vars(model).pop("peft_config", None)  # PEFT leaves it, and warns of it at the next adapter
