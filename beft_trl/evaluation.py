@@ -268,9 +268,12 @@ def prefer(
     bar: str | None = None,
 ) -> list[str]:
     """The likeliest of the choices as completion of each row, by the sum over its tokens, its end among them."""
-    candidates = [
-        encode(tokenizer, {**row, "completion": _as(row["completion"], each)}) for row in rows for each in choices
-    ]
+    candidates = []
+    for row in rows:
+        of_row = [encode(tokenizer, {**row, "completion": _as(row["completion"], each)}) for each in choices]
+        # The last letters of a prompt can be one token with some of the choices: all are counted from there.
+        start = min(each["labels"].count(IGNORED) for each in of_row)
+        candidates += [{**each, "labels": [IGNORED] * start + each["input_ids"][start:]} for each in of_row]
     nll = [row.nll for row in row_losses(model, candidates, batch_size, bar=bar)]
     parts = [nll[start : start + len(choices)] for start in range(0, len(nll), len(choices))]
     return [choices[part.index(min(part))] for part in parts]
@@ -313,7 +316,9 @@ def write(
             padding_side="left",
             add_special_tokens=isinstance(rows[start]["prompt"], str),  # a template has them
         ).to(model.device)
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+        # Greedy, whatever the model's own generation configuration says: that of Qwen2.5 has a penalty.
+        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        tokens = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens, use_cache=True)
         answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     model.train(training)
     return [text.strip() for text in answers]

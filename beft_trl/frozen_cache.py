@@ -91,6 +91,10 @@ class FrozenLayersCache:
         self._others: list[None] | None = None  # in their place, None for layers that give a tensor
         self._more: list[Tensor] = []  # what the layers gave next to their hidden states
 
+    def prove_again(self) -> None:
+        """Compares the next batches that are wholly known once more: what was kept may be of other weights."""
+        self._to_prove = PROVED_BATCHES
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside, forward passes of the model keep and skip."""

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
@@ -33,7 +35,7 @@ WITHOUT_EFFECT = (
     "model_init_kwargs", "trust_remote_code", "bias_term", "bias_layers", "score_", "cache_frozen_layers",
 )  # fmt: skip
 # What a checkpoint must share with a run in any case: its deltas mean nothing on another base.
-FIXED = ("base_files", "base_weights", "quantization")
+FIXED = ("base_files", "base_biases", "base_weights", "quantization")
 
 
 def identify_run(model: Any, args: Any, dataset: Any, base: dict[str, str | None]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def differences(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, 
     teller = next((name for name in tellers if None not in (recorded.get(name), current.get(name))), None)
     passed_over = {*tellers, "revision"} - {teller, "revision" if teller == "base_model" else teller}
     shared = [name for name in current if name in recorded and name not in passed_over]
-    unknown = ("data", "rows", "revision")
+    unknown = ("data", "rows", "revision", "base_biases")
     return {
         name: (recorded[name], current[name])
         for name in shared
@@ -95,11 +97,16 @@ def identify_base(model: Any, name: str | None = None) -> dict[str, str | None]:
         name (`str`, *optional*): name or path that it was loaded by, if the trainer loaded it.
 
     Returns:
-        `dict`: `base_files`, of some bytes of each weight file, for a model that was named; `base_weights`, of some
-        elements of each frozen parameter, `None` if they are split by ZeRO-3 or not loaded.
+        `dict`: for a model that was named `base_files`, of some bytes of each weight file, and `base_biases`, of all
+        biases in them, `None` if there are none; `base_weights`, of some elements of each frozen parameter, `None` if
+        they are split by ZeRO-3 or not loaded.
     """
     revision = revision_of(model.config)
-    return {"base_files": _hash_files(name, revision) if name else None, "base_weights": _hash_weights(model)}
+    return {
+        "base_files": _hash_files(name, revision) if name else None,
+        "base_biases": _hash_biases(name, revision) if name else None,
+        "base_weights": _hash_weights(model),
+    }
 
 
 def _hash_files(name: str, revision: str | None) -> str | None:
@@ -116,6 +123,21 @@ def _hash_files(name: str, revision: str | None) -> str | None:
                 stream.seek(part * size // SAMPLED_PARTS)
                 digest.update(stream.read(PART_BYTES))
     return digest.hexdigest()
+
+
+def _hash_biases(name: str, revision: str | None) -> str | None:
+    """Of all biases: a model with an adapter merged into it has those of the base no more, and nothing else is new."""
+    config = local_file(name, CONFIG_NAME, revision)
+    if config is None:
+        return None
+    digest, count = xxhash.xxh3_128(), 0
+    for file in sorted(Path(config).parent.glob("*.safetensors")):
+        with suppress(SafetensorError), safe_open(file, "pt") as tensors:  # a damaged one does not load anyway
+            for bias in sorted(filter(lambda each: each.endswith(".bias"), tensors.keys())):
+                digest.update(bias.encode())
+                digest.update(tensors.get_tensor(bias).flatten().view(torch.uint8).numpy().tobytes())
+                count += 1
+    return digest.hexdigest() if count else None
 
 
 def _hash_weights(model: nn.Module) -> str | None:

@@ -218,6 +218,8 @@ class BeftTrainerMixin(Trainer):
 
     def _train_locked(self, resume_from_checkpoint: str | bool | None, *others: Any, **kwargs: Any):
         self.resumed_at, self._losses = 0, None
+        if self.frozen_cache is not None and self.state.global_step:
+            self.frozen_cache.prove_again()  # since the run before, the base may have been changed
         resumed = self.find_checkpoint(resume_from_checkpoint, engine_of(self.args), self.args.world_size)
         checkpoint = None
         if resumed is not None:

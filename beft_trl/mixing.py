@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, load_peft_weights
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .compat.adapters import BeftLayer, BeftModel, switched_off
@@ -36,6 +37,9 @@ class MixingBeftModel(BeftModel):
             try:
                 for layer in layers:
                     hooks.append(layer.register_forward_hook(_adding(layer, rows)))
+                for module in self.modules():  # heads, and others that were trained whole
+                    if isinstance(module, ModulesToSaveWrapper):
+                        hooks.append(module.register_forward_pre_hook(_naming(rows), with_kwargs=True))
                 yield
             finally:
                 for hook in hooks:
@@ -50,7 +54,8 @@ class MixingBeftModel(BeftModel):
             adapter_name (`str`): of the new one.
 
         Raises:
-            ValueError: for names that are not there, a name that is taken, or another number of weights.
+            ValueError: for names that are not there, a name that is taken, another number of weights, or adapters
+                that hold modules that were trained whole, such as a head.
         """
         unknown = sorted(set(adapters) - self.peft_config.keys())
         if unknown or not adapters:
@@ -60,17 +65,27 @@ class MixingBeftModel(BeftModel):
         if len(weights) != len(adapters):
             raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one for each.")
         configs: dict[str, Any] = self.peft_config
-        modules = {name for each in adapters for name in configs[each].target_modules or ()}
-        configs[adapter_name] = replace(configs[adapters[0]], target_modules=sorted(modules))
+        whole = next((each for each in adapters if configs[each].modules_to_save), None)
+        if whole is not None:
+            raise ValueError(
+                f"The adapter {whole!r} holds modules that were trained whole, such as a head, and only biases are "
+                "summed. Give adapters of biases only."
+            )
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, BeftLayer) and any(each in module.beft_bias for each in adapters)
+        }
+        configs[adapter_name] = replace(configs[adapters[0]], target_modules=sorted(layers))
         self.inject_adapter(self.model, adapter_name)
-        for layer in self.modules():
-            if isinstance(layer, BeftLayer) and adapter_name in layer.beft_bias:
-                parts = [
-                    weight * layer.beft_bias[each].data
-                    for each, weight in zip(adapters, weights, strict=True)
-                    if each in layer.beft_bias
-                ]
-                layer.beft_bias[adapter_name].data.copy_(torch.stack(parts).sum(0))
+        for layer in layers.values():
+            parts = [
+                weight * layer.beft_bias[each].data
+                for each, weight in zip(adapters, weights, strict=True)
+                if each in layer.beft_bias
+            ]
+            # Not copied into what PEFT made, which has the dtype of the base.
+            layer.beft_bias[adapter_name].data = torch.stack(parts).sum(0)
 
 
 def add_adapter(model: PeftModel, folder: str, adapter_name: str) -> None:
@@ -109,7 +124,8 @@ def swap_adapter(model: PeftModel, folder: str, adapter_name: str = "default") -
         adapter_name (`str`, *optional*, defaults to `"default"`): of the one that is replaced.
 
     Raises:
-        ValueError: if the other has biases at other modules. The model is then as it was.
+        ValueError: if the other has biases at other modules, or the one to replace is merged into the base. The model
+            is then as it was.
     """
     _, biases = _read(folder)
     held = {
@@ -123,6 +139,11 @@ def swap_adapter(model: PeftModel, folder: str, adapter_name: str = "default") -
         raise ValueError(
             f"{folder} and the adapter {adapter_name!r} have biases at other modules ({other[0]} first): load it as "
             "another adapter, with add_adapter."
+        )
+    if any(adapter_name in layer.merged_adapters for layer in _layers(model).values()):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is merged into the base, which would keep its biases: call unmerge_adapter "
+            "before replacing them."
         )
     with torch.no_grad():
         for name, parameter in held.items():
@@ -159,6 +180,11 @@ def _adding(layer: Any, names: Sequence[str]) -> Any:
         return (output + biases).to(output.dtype)
 
     return add
+
+
+def _naming(names: Sequence[str]) -> Any:
+    """A hook by which a module that was trained whole gives each row what that of its own adapter gives."""
+    return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": names})
 
 
 def _check_names(model: Any, layers: Sequence[Any], names: Any) -> None:

@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import make_llama, make_opt, make_rows, make_tokenizer
+from conftest import make_llama, make_opt, make_rows, make_tokenizer, of_term, saved
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer, merge_adapter
-from beft_trl.evaluation import classes_of, confusion, encode, evaluate, row_losses
+from beft_trl.cli.evaluate import evaluate_targets
+from beft_trl.evaluation import classes_of, confusion, encode, evaluate, prefer, row_losses
 
 
 TEMPLATE = (
@@ -90,12 +93,33 @@ def test_written_answers_are_those_of_greedy_decoding():
             if best == tokenizer.eos_token_id:
                 break
         expected.append(tokenizer.decode(tokens[0, start:], skip_special_tokens=True).strip())
+    model.generation_config.update(num_beams=2, repetition_penalty=5.0)
     rows = [{**row, "completion": f" {answer}"} for row, answer in zip(rows, expected, strict=True)]
     rows[0]["completion"] = " w60"
     found = evaluate(model, tokenizer, rows, choices=[], batch_size=4, max_new_tokens=4)
     assert found.answers == expected
     assert found.exact == 5 / 6
     assert found.ranked is None and found.written == {}
+
+
+def test_choices_that_make_a_token_with_the_prompt_are_ranked_by_the_whole_text():
+    """Of "xa" and "b" the tokens are x, ab; of "xa" and "c" they are x, a, c."""
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "x", "a", "b", "c", "ab"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(words, [("a", "b")])), pad_token="<pad>", eos_token="</s>"
+    )
+    choices, preferred, expected = ["b", "c"], [], []
+    for seed in range(6):
+        model = make_llama(seed).eval()
+        totals = []
+        for choice in choices:
+            tokens = torch.tensor([[*tokenizer("xa" + choice)["input_ids"], tokenizer.eos_token_id]])
+            with torch.no_grad():
+                likelihoods = functional.log_softmax(model(tokens).logits[0, :-1].double(), -1)
+            totals.append(likelihoods.gather(1, tokens[0, 1:, None]).sum().item())
+        expected.append(choices[totals.index(max(totals))])
+        preferred += prefer(model, tokenizer, [{"prompt": "xa", "completion": "b"}], choices)
+    assert preferred == expected
 
 
 def test_a_row_is_right_if_greedy_decoding_writes_it():
@@ -167,6 +191,24 @@ def test_eval_puts_base_adapter_and_merged_model_side_by_side(beft, folder, tmp_
         assert sum(sum(row.values()) for row in model["written"].values()) == 24
         assert f"{model['loss']:.4f}" in run.stdout
     assert "Written by" in run.stdout
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}])
+def test_what_another_adapter_trained_in_the_base_is_not_left_for_the_next(folder, tmp_path, options):
+    make_opt(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM", **options)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    adapted.save_pretrained(tmp_path / "lora")
+    saved(make_opt(tie_word_embeddings=False), tmp_path, of_term(make_opt()))
+    rows = str(folder / "rows.jsonl")
+    alone = evaluate_targets([str(tmp_path / "adapter")], rows)
+    after = evaluate_targets([str(tmp_path / "lora"), str(tmp_path / "adapter")], rows)
+    assert alone[-1] == after[-1] and after[0] == alone[0]
+    assert after[1][1].loss != after[0][1].loss
 
 
 WRONG = {

@@ -187,6 +187,21 @@ def test_a_layer_that_gives_other_numbers_each_time_ends_it(make_trainer, caplog
     assert calls[0] == calls[3]
 
 
+def test_a_base_that_is_changed_between_two_runs_ends_it(make_trainer, caplog):
+    runs = []
+    for cached in (None, False):
+        trainer = make_trainer(
+            make_llama(num_hidden_layers=LAYERS), make_equal_rows(), **UPPER, cache_frozen_layers=cached
+        )
+        trainer.train()
+        with torch.no_grad():
+            trainer.model.get_base_model().model.layers[1].mlp.down_proj.weight.mul_(2)
+        trainer.train()
+        runs.append(trainer)
+    assert "not the same twice" in caplog.text
+    assert_same(*runs)
+
+
 def test_evaluation_scores_and_the_best_model_are_those_without(make_trainer):
     settings = {
         "bias_term": "auto", "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4,

@@ -4,8 +4,9 @@ import pytest
 import torch
 from architectures import build
 from conftest import make_llama, make_opt
-from peft import PeftModel
+from peft import BeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import LlamaForSequenceClassification
 
 from beft_trl import add_adapter, find_bias_sites, load_adapter, swap_adapter
 from beft_trl.tuner import attach_deltas, delta
@@ -27,6 +28,25 @@ def make_adapters(make, folder, terms=("value", "query", "value")):
     for name in "bc":
         model.load_adapter(str(folder / name), name)
     return model.eval()
+
+
+def make_classifier():
+    return LlamaForSequenceClassification(make_llama().config).eval()
+
+
+def make_classifiers(folder):
+    """Two adapters with heads of their own, and the base that both are of."""
+    base = make_classifier().state_dict()
+    for number, name in enumerate("ab"):
+        model = make_classifier()
+        model.load_state_dict(base)
+        adapted = attach_deltas(model, [site for site in find_bias_sites(model) if site.term == "value"])
+        generator = torch.Generator().manual_seed(number)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+        adapted.save_pretrained(folder / name)
+    return base
 
 
 def one_by_one(make, folder, tokens):
@@ -131,3 +151,61 @@ def test_a_swapped_adapter_is_the_other_one_in_the_same_tensors(tmp_path):
     with pytest.raises(ValueError, match="other modules"):
         swap_adapter(model, str(tmp_path / "b"))
     assert torch.equal(model(input_ids=tokens).logits, expected)
+
+
+def test_each_row_has_the_head_of_its_own_adapter(tmp_path):
+    base = make_classifiers(tmp_path)
+
+    def load(name):
+        model = make_classifier()
+        model.load_state_dict(base)
+        return model if name == "__base__" else load_adapter(model, str(tmp_path / name), adapter_name=name).eval()
+
+    model, names = load("a"), ["b", "__base__", "a"]
+    add_adapter(model, str(tmp_path / "b"), "b")
+    tokens = torch.randint(3, 60, (3, 5))
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        mixed = model(input_ids=tokens, adapter_names=names).logits
+        rows = [load(name)(input_ids=row[None]).logits for name, row in zip(names, tokens, strict=True)]
+        torch.testing.assert_close(mixed, torch.cat(rows))
+        assert torch.equal(model(input_ids=tokens).logits, before)
+    with pytest.raises(ValueError, match="trained whole"):
+        model.base_model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+    assert "mean" not in model.peft_config
+
+
+def test_a_weighted_adapter_on_a_16_bit_base_is_not_rounded(tmp_path):
+    make_adapters(make_opt, tmp_path)
+    model = load_adapter(make_opt().bfloat16(), str(tmp_path / "a"), adapter_name="a")
+    model.base_model.add_weighted_adapter(["a"], [1 / 3], "third")
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["third"])
+    found = load_file(tmp_path / "saved" / "third" / "adapter_model.safetensors")
+    for name, values in load_file(tmp_path / "a" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(found[name], values / 3)
+
+
+def test_modules_that_are_named_by_an_expression_are_summed_too(tmp_path):
+    for name in "ab":
+        adapted = get_peft_model(make_llama(), BeftConfig(target_modules=r".*v_proj", task_type="CAUSAL_LM"))
+        for key, parameter in adapted.named_parameters():
+            if "beft_bias" in key:
+                parameter.data.fill_(1.0 if name == "a" else 2.0)
+        adapted.save_pretrained(tmp_path / name)
+    model = load_adapter(make_llama(), str(tmp_path / "a"), adapter_name="a")
+    model.load_adapter(str(tmp_path / "b"), "b")
+    model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    found = [values for key, values in model.named_parameters() if key.endswith("beft_bias.sum")]
+    assert len(found) == 2 and all((values == 3.0).all() for values in found)
+
+
+def test_an_adapter_that_is_merged_into_the_base_is_not_swapped(tmp_path):
+    make_adapters(make_opt, tmp_path)
+    model = load_adapter(make_opt(), str(tmp_path / "a")).eval()
+    tokens = torch.randint(3, 60, (2, 5))
+    before = model(input_ids=tokens).logits
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        swap_adapter(model, str(tmp_path / "c"))
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(input_ids=tokens).logits, before)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import losses, make_llama, make_opt, make_rows, tensors, trainer_in
+from conftest import losses, make_llama, make_opt, make_rows, of_term, saved, tensors, trainer_in
 from processes import Python
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import OPTForCausalLM, TrainerCallback
 
+from beft_trl import merge_adapter
 from beft_trl.checkpoints import MANIFEST_FILE, mark_complete
-from beft_trl.identity import spread
+from beft_trl.identity import FIXED, differences, identify_base, spread
 from beft_trl.resume import refuse_foreign_pickles
 
 
@@ -187,6 +188,21 @@ def test_a_model_of_another_architecture_is_never_resumed(make_run, allowed):
     make_run(model=make_opt(), max_steps=2).train()
     with pytest.raises(ValueError, match="base_weights"):
         make_run(max_steps=2, allow_changed_resume=allowed).train(resume_from_checkpoint=True)
+
+
+def test_a_base_with_an_adapter_merged_into_it_is_another_one(tmp_path):
+    """Only biases differ, between the bytes of the files that are sampled."""
+    base = make_opt(hidden_size=128, ffn_dim=512, word_embed_proj_dim=128, vocab_size=2048)
+    saved(base, tmp_path, of_term(base))
+    shutil.copytree(tmp_path / "base", tmp_path / "moved")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base")
+    known = [
+        {"base_model": name, **identify_base(OPTForCausalLM.from_pretrained(tmp_path / name), str(tmp_path / name))}
+        for name in ("base", "moved", "merged")
+    ]
+    assert len({each["base_files"] for each in known}) == 1
+    assert not differences(known[0], known[1])
+    assert {*differences(known[0], known[2])} & {*FIXED}
 
 
 def test_a_base_that_was_moved_is_the_same(make_run, tmp_path):

@@ -34,6 +34,19 @@ def test_development_rows_are_of_every_class_and_no_training_rows(folds):
     assert split_rows(classes, folds, seed=1) == splits != split_rows(classes, folds, seed=2)
 
 
+@pytest.mark.parametrize("folds", [None, 3])
+def test_equal_rows_are_not_learnt_and_judged_by(folds):
+    rows = [f"row {number % 12}" for number in range(30)]
+    for fold in split_rows([row[-1] for row in rows], folds, 0, rows):
+        learnt, judged = ({rows[number] for number in part} for part in fold)
+        assert learnt and judged and not learnt & judged
+        assert sorted(fold.train + fold.development) == list(range(30))
+    different = [f"row {number}" for number in range(30)]
+    assert split_rows(different, folds, 0, different) == split_rows(different, folds, 0)
+    with pytest.raises(ValueError, match="5 rows that differ, of 30"):
+        split_rows(rows, folds, 0, [number % 5 for number in range(30)])
+
+
 def test_what_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="folds=1"):
         split_rows(["a"] * 9, 1, 0)

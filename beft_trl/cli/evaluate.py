@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from peft import PeftType
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +19,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from ..engines import slow_16_bits
 from ..evaluation import OTHER, Evaluation, choices_of, completions_of, evaluate
-from ..tuner import load_adapter
+from ..tuner import ADAPTER_NAME, load_adapter
 from ..weight_files import load_tokenizer, read_adapter, read_json
 from .bases import is_path
 from .data_files import read_file
@@ -89,8 +90,13 @@ def evaluate_targets(
         figures = evaluate(subject.eval(), tokenizer, rows, choices, batch_size, max_new_tokens, bars=True)
         measured.append((target, figures))
         if target.adapter is not None:
-            model = subject.unload()
-            vars(model).pop("peft_config", None)  # PEFT leaves it, and warns of it at the next adapter
+            config: Any = subject.peft_config[ADAPTER_NAME]
+            if config.peft_type == PeftType.BEFT and not config.modules_to_save:
+                model = subject.unload()
+                vars(model).pop("peft_config", None)  # PEFT leaves it, and warns of it at the next adapter
+            else:
+                loaded = None  # PEFT leaves modules that were trained whole, and biases of a LoRA, in the base
+        del subject
     return measured
 
 

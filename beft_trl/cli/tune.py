@@ -180,7 +180,8 @@ def _tune(
     args, asked = trainer.args, trainer.args.bias_term
     steps = run_steps(trainer)
     labelled = labelled_rows(trainer, trainer.train_dataset)
-    splits = split_rows([class_of(row) for row in labelled], folds, args.seed)
+    whole = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in labelled]
+    splits = split_rows([class_of(row) for row in labelled], folds, args.seed, whole)
     about = trainer.identity()
     bench = Bench(trainer, splits, labelled)
     rate = args.relative_learning_rate if args.relative_learning_rate is not None else args.learning_rate

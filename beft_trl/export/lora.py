@@ -132,7 +132,8 @@ def export_lora(
     if on_gpu:
         model = model.to(torch.accelerator.current_accelerator())
     encoded = _encode(texts, adapter, folder) if texts else []
-    identity = str(identify_base(model, str(folder))["base_files"])
+    about = identify_base(model, str(folder))
+    identity = "-".join(each for each in (about["base_files"], about["base_biases"]) if each)
     file = Path(vectors) if vectors else Path(HF_HOME) / "beft_trl" / f"{identity}.safetensors"
     shared = _shared_vectors(model, sorted(content.deltas), encoded, identity, file)
     known = encoded or shared.texts

@@ -15,7 +15,9 @@ class Fold(NamedTuple):
     development: list[int]
 
 
-def split_rows(classes: Sequence[Hashable], folds: int | None, seed: int) -> list[Fold]:
+def split_rows(
+    classes: Sequence[Hashable], folds: int | None, seed: int, rows: Sequence[Hashable] | None = None
+) -> list[Fold]:
     """Splits rows into those to learn from and those to judge by.
 
     Args:
@@ -23,6 +25,8 @@ def split_rows(classes: Sequence[Hashable], folds: int | None, seed: int) -> lis
         folds (`int`, *optional*): so many splits, in which each row is judged by once. Default: one, with a quarter
             of the rows to judge by.
         seed (`int`): of the order within a class.
+        rows (`Sequence`, *optional*): what tells the rows apart. Equal ones are in the same part: nothing is judged by
+            what was learnt. Default: no two are equal.
 
     Raises:
         ValueError: for fewer than two folds, or rows that are too few for them.
@@ -30,18 +34,24 @@ def split_rows(classes: Sequence[Hashable], folds: int | None, seed: int) -> lis
     parts = HELD_OUT_PARTS if folds is None else folds
     if parts < 2:
         raise ValueError(f"folds={folds!r} leaves nothing to judge by: give at least 2, or leave it out.")
-    if len(classes) < 2 * parts:
+    first: dict[Hashable, int] = {}  # of equal rows
+    for number, row in enumerate(range(len(classes)) if rows is None else rows):
+        first.setdefault(row, number)
+    order = list(first.values())
+    if len(order) < 2 * parts:
+        equal = f" that differ, of {len(classes)}," if len(order) < len(classes) else ""
         raise ValueError(
-            f"{len(classes)} rows are too few for {parts} parts of two or more: give more rows"
+            f"{len(order)} rows{equal} are too few for {parts} parts of two or more: give more rows"
             + (", or fewer folds." if folds else ", or take the default settings with beft train.")
         )
-    order = list(range(len(classes)))
     random.Random(seed).shuffle(order)
     first_of: dict[Hashable, int] = {}
     for number in order:
         first_of.setdefault(classes[number], len(first_of))
     order.sort(key=lambda number: first_of[classes[number]])  # stable: shuffled within a class
     part_of = {number: place % parts for place, number in enumerate(order)}
+    if rows is not None:
+        part_of = {number: part_of[first[row]] for number, row in enumerate(rows)}
     numbers = range(len(classes))
     splits = [
         Fold([each for each in numbers if part_of[each] != part], [each for each in numbers if part_of[each] == part])
