@@ -1,5 +1,6 @@
 """Whether the winner of a search is ahead of the default by more than chance."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,7 +20,7 @@ class Verdict(NamedTuple):
     Attributes:
         difference: by how much the winner's loss is lower, in nats per token.
         error: standard error of that difference, in nats per token.
-        factor: how many standard errors chance is allowed.
+        factor: how many standard errors chance is allowed, of rows or of folds: those that allow it more.
         ahead: whether the difference is larger than `factor` standard errors.
     """
 
@@ -39,7 +40,8 @@ def compare(default: Sequence[Sequence[RowLoss]], winner: Sequence[Sequence[RowL
 
     The test is that of paired differences, at a level that is divided by the number of candidates (Bonferroni), so
     that chance puts one of them in the default's place in at most one search of twenty. Rows of a fold are judged by
-    the same model and can be wrong together: with folds the standard error is that of the folds if it is the larger.
+    the same model and can be wrong together. So with folds the difference of the folds' means has to pass, too, by
+    Student's t of as few numbers as there are folds.
 
     Args:
         default (`Sequence`): rows of each fold, as the default judges them. Two rows or more.
@@ -51,11 +53,12 @@ def compare(default: Sequence[Sequence[RowLoss]], winner: Sequence[Sequence[RowL
     tokens = np.array([row.tokens for row, _ in pairs])
     # A mean over tokens is a ratio of two sums over rows: what a row adds to it beyond its tokens' share.
     added = np.array([one.nll - other.nll for one, other in pairs]) - difference * tokens
-    error = float(np.std(added, ddof=1) * len(pairs) ** 0.5 / tokens.sum())
+    allowed = [(float(np.std(added, ddof=1) * len(pairs) ** 0.5 / tokens.sum()), len(pairs))]
     if len(default) > 1:
         of_folds = [mean_loss(one) - mean_loss(other) for one, other in zip(default, winner, strict=True)]
-        error = max(error, float(np.std(of_folds, ddof=1) / len(of_folds) ** 0.5))
-    factor = _student(len(pairs) - 1, CHANCE / candidates)
+        allowed.append((float(np.std(of_folds, ddof=1) / len(of_folds) ** 0.5), len(of_folds)))
+    chance = CHANCE / candidates
+    error, factor = max(((each, _student(count - 1, chance)) for each, count in allowed), key=math.prod)
     return Verdict(difference, error, factor, difference > factor * error)
 
 
