@@ -59,7 +59,7 @@ SERVERS = {
         instead="Give it a GGUF by llama.cpp's own converter: --for llama.cpp --gguf.",
     ),
     # mlx_lm/models/
-    "mlx": Server("mlx-lm 0.32", {"llama": "qkvo", "qwen2": "qkv"}, instead="Take another server."),
+    "mlx": Server("mlx-lm 0.32", {"llama": "qkvo", "qwen2": "qkv"}, run=("llama",), instead="Take another server."),
 }
 TRANSFORMERS = "transformers"  # which reads all biases
 NAMES = (TRANSFORMERS, *SERVERS)
