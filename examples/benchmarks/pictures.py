@@ -89,7 +89,8 @@ def draw_rewards(arms: dict[str, list[dict]], axes: Axes) -> None:
         for seed, line in enumerate(lines):
             rewards = line["rewards"]
             means = [fmean(rewards[max(0, step - 4) : step + 1]) for step in range(len(rewards))]
-            axes.plot(range(1, len(means) + 1), means, color=color_of(arm), label=None if seed else arm)
+            label = None if seed else arm
+            axes.plot(range(1, len(means) + 1), means, style_of(arm, arms), color=color_of(arm), label=label)
     axes.set(xlabel="steps", ylabel="mean reward of an answer")
     axes.legend(fontsize=7)
 
@@ -100,7 +101,8 @@ def draw_accuracies(arms: dict[str, list[dict]], axes: Axes) -> None:
         for seed, line in enumerate(lines):
             steps = [int(step) for step in line["accuracy"]]
             label = None if seed else f"{arm} ({line['trainable']:,})"
-            axes.plot(steps, list(line["accuracy"].values()), "o-", color=color_of(arm), label=label, markersize=3)
+            style = f"o{style_of(arm, arms)}"
+            axes.plot(steps, list(line["accuracy"].values()), style, color=color_of(arm), label=label, markersize=3)
     axes.axhline(1 / 6, color="tab:grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="steps", ylabel="held-out accuracy", ylim=(0, 1))
     axes.legend(fontsize=7)
@@ -108,6 +110,11 @@ def draw_accuracies(arms: dict[str, list[dict]], axes: Axes) -> None:
 
 def color_of(arm: str) -> str:
     return next((color for kind, color in KINDS.items() if arm.startswith(kind)), "tab:grey")
+
+
+def style_of(arm: str, arms: dict[str, list[dict]]) -> str:
+    """Another line for each learning rate of an arm."""
+    return ("-", "--", ":")[[each for each in arms if color_of(each) == color_of(arm)].index(arm)]
 
 
 def save(name: str, titles: list[str], draw, rows: int = 1) -> None:
@@ -156,7 +163,7 @@ def main() -> None:
     }
     save("cost", list(first), lambda title, axes: draw_cost(first[title], axes))
 
-    learnt = grpo.best_runs(records.RESULTS / "grpo.jsonl")
+    learnt = grpo.runs_of(records.RESULTS / "grpo.jsonl")
     pictures = {"rewards": draw_rewards, "held-out messages": draw_accuracies} if learnt else {}
     save("grpo", list(pictures), lambda title, axes: pictures[title](learnt, axes))
 
