@@ -20,8 +20,10 @@ from beft_trl.tuner import attach_deltas, delta
 TOKENS = torch.arange(2, 14)[None]
 
 
-def make_adapter(name, folder, term="value"):
+def make_adapter(name, folder, term="value", switched_on=False):
     model = build(name)
+    if switched_on:
+        model = type(model)(type(model.config)(**{**model.config.to_dict(), "attention_bias": True}))
     model.save_pretrained(folder / "base")
     sites = [site for site in find_bias_sites(model) if site.term == term]
     adapted = attach_deltas(model, sites)
@@ -70,6 +72,18 @@ def test_what_a_server_would_pass_over_is_refused_and_nothing_is_written(tmp_pat
     with pytest.raises(MergeError, match=said):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base", server=server, **options)
     assert not (tmp_path / "merged").exists()
+
+
+def test_biases_that_a_base_has_by_a_switch_are_looked_at_too(tmp_path):
+    """A base that was merged before, for instance."""
+    make_adapter("granite", tmp_path, switched_on=True)
+    with pytest.raises(MergeError, match="passes over"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base", server="sglang")
+    expected = make_adapter("llama", tmp_path, switched_on=True)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base", server="sglang")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert (merged(TOKENS).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("server", NAMES)

@@ -120,7 +120,7 @@ def merge_adapter(
     check_fit(content.deltas, skeleton, adapter)
     plan = place(content.deltas, config, skeleton, sites, checkpoint, output_projection)
 
-    left_out = not_read(server, plan.config.model_type, skeleton, sites, plan.create)
+    left_out = not_read(server, plan.config.model_type, skeleton, sites, plan.create, plan.add)
     create = {path: values for path, values in plan.create.items() if path not in left_out}
     report.rule = plan.rule
     with whole_or_nothing(output) as partial:

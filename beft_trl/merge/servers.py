@@ -1,6 +1,8 @@
 """Which biases of a merged checkpoint each server reads. Most pass over the others without a word."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -67,27 +69,36 @@ _LETTERS = {"query": "q", "key": "k", "value": "v"}
 
 
 def not_read(
-    server: str, model_type: str, skeleton: Any, sites: list[BiasSite], created: dict[str, Tensor]
+    server: str,
+    model_type: str,
+    skeleton: Any,
+    sites: list[BiasSite],
+    created: dict[str, Tensor],
+    changed: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> set[str]:
     """The paths of the zero biases that a server does not read, and that are better left out.
 
-    Biases that an architecture always has are read by every server that knows it.
+    Biases that an architecture always has are read by every server that knows it. Those that a base has by a switch of
+    its configuration are looked at if the model type is one of the server's table.
 
     Args:
         server (`str`): one of `NAMES`.
         model_type (`str`): of the merged model's configuration.
         skeleton, sites: the base model without weights, and its bias sites.
         created (`dict[str, Tensor]`): the biases that a switch of the configuration gives it, by module path.
+        changed (`Mapping[str, Tensor]`, *optional*): what is added to biases that the base has.
 
     Raises:
         MergeError: if it would pass over a bias that is not zero, or nobody has looked whether it does.
     """
     if server not in NAMES:
         raise MergeError(f"{server!r} is no server that is known here: give one of {', '.join(NAMES)}.")
-    if server == TRANSFORMERS or not created:
+    if server == TRANSFORMERS:
         return set()
     known = SERVERS[server]
     reads = known.reads.get(model_type)
+    if reads is None and not created:
+        return set()
     if reads is None:
         raise MergeError(
             f"Whether {server} reads the attention biases of {model_type} is not known, and a server that does not "
@@ -100,11 +111,12 @@ def not_read(
         found = output_projection(skeleton.get_submodule(parent))
         if found is not None:
             letters[f"{parent}.{found[0]}"] = {"o"}
-    unread = {path for path in created if not letters.get(path, {"?"}) <= set(reads)}
-    lost = sorted(path for path in unread if created[path].any())
+    written = {**changed, **created}
+    unread = {path for path in written if not letters.get(path, {"?"}) <= set(reads)}
+    lost = sorted(path for path in unread if written[path].any())
     if lost:
         raise MergeError(
             f"{server} ({known.version}) passes over {lost[0]}.bias of {model_type} without a word: it would answer "
             f"as the base does. {known.instead}"
         )
-    return unread
+    return unread & created.keys()
