@@ -1,6 +1,10 @@
 """Reinforcement learning with one bias: rewards, generation and what vLLM is sent."""
 
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import architectures
 import pytest
@@ -196,3 +200,23 @@ def test_what_vllm_is_sent_makes_the_base_the_trained_model(tmp_path, name):
 def test_rollouts_of_a_base_without_biases_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="beft merge --base"):
         make("GRPO", tmp_path, settings={"use_vllm": True})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_vllm_answers_as_the_trained_model(tmp_path):
+    """TRL's colocated engine, in a process of its own: greedy tokens of vLLM against those of Transformers."""
+    pytest.importorskip("vllm")
+    heads = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}  # of a size that vLLM has
+    make_llama(**heads, attention_bias=True, max_position_embeddings=512).save_pretrained(tmp_path / "base")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "base")
+    turns = [{"prompt": [{"role": "user", "content": f"w{number} w5"}], "completion": "w6"} for number in range(24)]
+    Dataset.from_list(turns).to_json(tmp_path / "rows.jsonl")
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "rollouts.py"
+    command = [sys.executable, script, "--base", tmp_path / "base", "--rows", tmp_path / "rows.jsonl"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    changed, same = map(int, re.findall(r"(\d+) of 20", run.stdout))
+    assert changed > 0 and same == 20
