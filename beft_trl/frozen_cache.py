@@ -323,7 +323,8 @@ def _reason_against(trainer: Any, frozen: FrozenLayers, engine: str) -> str | No
     if noise is not None:
         return f"{noise} gives other numbers each time"
     positions = _positions_of_own(frozen.around[0].config)
-    if positions is not None and (getattr(args, "max_length", None) or positions + 1) > positions:
+    longest = getattr(args, "max_length", None)
+    if positions is not None and (longest is None or longest > positions):
         return f"beyond {positions} positions their rotary embedding depends on the longest row of a batch"
     if getattr(frozen.around[0].config, "output_router_logits", False):
         return "output_router_logits=True asks for the routers of every layer"

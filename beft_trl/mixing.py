@@ -183,7 +183,7 @@ def _adding(layer: Any, names: Sequence[str]) -> Any:
 
 
 def _naming(names: Sequence[str]) -> Any:
-    """A hook by which a module that was trained whole gives each row what that of its own adapter gives."""
+    """A hook for a module that was trained whole: each row gets the output of its adapter's copy."""
     return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": names})
 
 

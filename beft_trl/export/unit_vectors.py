@@ -128,9 +128,11 @@ def fit_to_adapter(
     """
     fitted, measured = _parts(texts)
     vectors = {path: shared.vectors[path] for path in modules}
-    means, first_of, _ = _means(adapted, [path for path in modules if path not in shared.exact], fitted)
-    for path, first in first_of.items():
-        vectors[path] = _ridge(*means[first], toward=vectors[path]).float().contiguous()
+    inexact = [path for path in modules if path not in shared.exact]
+    if inexact:
+        means, first_of, _ = _means(adapted, inexact, fitted)
+        for path, first in first_of.items():
+            vectors[path] = _ridge(*means[first], toward=vectors[path]).float().contiguous()
     errors = _errors(adapted, {path: {"": vector} for path, vector in vectors.items()}, measured)
     return vectors, {path: of_path[""] for path, of_path in errors.items()}
 

@@ -1,8 +1,6 @@
 """Which biases of a merged checkpoint each server reads. Most pass over the others without a word."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -74,7 +72,7 @@ def not_read(
     skeleton: Any,
     sites: list[BiasSite],
     created: dict[str, Tensor],
-    changed: Mapping[str, Tensor] = MappingProxyType({}),
+    changed: dict[str, Tensor],
 ) -> set[str]:
     """The paths of the zero biases that a server does not read, and that are better left out.
 
@@ -86,7 +84,7 @@ def not_read(
         model_type (`str`): of the merged model's configuration.
         skeleton, sites: the base model without weights, and its bias sites.
         created (`dict[str, Tensor]`): the biases that a switch of the configuration gives it, by module path.
-        changed (`Mapping[str, Tensor]`, *optional*): what is added to biases that the base has.
+        changed (`dict[str, Tensor]`): what is added to biases that the base has.
 
     Raises:
         MergeError: if it would pass over a bias that is not zero, or nobody has looked whether it does.
@@ -97,9 +95,9 @@ def not_read(
         return set()
     known = SERVERS[server]
     reads = known.reads.get(model_type)
-    if reads is None and not created:
-        return set()
     if reads is None:
+        if not created:
+            return set()
         raise MergeError(
             f"Whether {server} reads the attention biases of {model_type} is not known, and a server that does not "
             f"passes over them without a word. {known.instead}"

@@ -27,7 +27,7 @@ from beft_trl import BeftGRPOConfig, BeftGRPOTrainer
 
 
 EXAMPLES = Path(__file__).parents[1]
-RECIPE_RATE = 0.01
+RECIPE = yaml.safe_load((EXAMPLES.parent / "recipes" / "rl" / "grpo.yaml").read_text(encoding="utf-8"))
 RATES = {"BEFT": [None, 0.02], "LoRA r=8": [3e-4, 1e-3]}  # relative and absolute; `None`: the recipe's
 SEEDS = [0, 1, 2]
 PARTS = 4  # of LoRA's batch
@@ -52,17 +52,16 @@ def key(line: dict) -> tuple:
 
 def run(model: str, arm: str, rate: float | None, seed: int, steps: int | None) -> dict:
     example = runpy.run_path(str(EXAMPLES / "grpo.py"))
-    recipe = yaml.safe_load((EXAMPLES.parent / "recipes" / "rl" / "grpo.yaml").read_text(encoding="utf-8"))
     train, test = (
-        load_dataset("json", data_files=recipe[f"{part}_file"], split="train") for part in ("train", "test")
+        load_dataset("json", data_files=RECIPE[f"{part}_file"], split="train") for part in ("train", "test")
     )
     shown, rest = example["split"](train)
     held_out = example["prompts"](test, shown)
     tokenizer = AutoTokenizer.from_pretrained(model)
     lora = arm != "BEFT"
     config = GRPOConfig if lora else BeftGRPOConfig
-    settings = {each.name: recipe[each.name] for each in fields(config) if each.name in recipe}
-    settings |= {"seed": seed, "disable_tqdm": True, "model_init_kwargs": {"dtype": recipe["dtype"]}}
+    settings = {each.name: RECIPE[each.name] for each in fields(config) if each.name in RECIPE}
+    settings |= {"seed": seed, "disable_tqdm": True, "model_init_kwargs": {"dtype": RECIPE["dtype"]}}
     answers = settings["per_device_train_batch_size"]
     if rate:
         settings["learning_rate" if lora else "relative_learning_rate"] = rate
@@ -118,7 +117,7 @@ def runs_of(results: Path) -> dict[str, list[dict]]:
     """The runs of each arm and rate, one for a seed, by what a table calls them."""
     lines = defaultdict(list)
     for line in records.read(results):
-        lines[f"{line['arm']}, {line['learning_rate'] or RECIPE_RATE}"].append(line)
+        lines[f"{line['arm']}, {line['learning_rate'] or RECIPE['relative_learning_rate']}"].append(line)
     return lines
 
 
