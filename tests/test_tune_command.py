@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import class_rows, full_batch, make_llama, make_tokenizer
 from peft import PeftModel
-from processes import Python
+from processes import Python, python
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -215,8 +215,7 @@ def _failed(project, tmp_path, processes, batch):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     options = ["--max_steps", "6", "--per_device_train_batch_size", batch]
     options += ["--ddp_backend", "gloo"] if processes > 1 else []
-    command = [sys.executable, *launch, tmp_path / "faults.py", project / "recipe.yaml", tmp_path / "out", *options]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    run = python(*launch, tmp_path / "faults.py", project / "recipe.yaml", tmp_path / "out", *options)
     assert run.returncode == 0, run.stderr[-3000:]
     trials = found_in(tmp_path / "out")["trials"]
     assert trials[0]["state"] == "done" and trials[0]["settings"]["term"] == "query"

@@ -89,6 +89,9 @@ LONG = {
     "BEFT all layers, small steps": Arm(
         (2e-2, 5e-2, 1e-1, 2e-1), bias_term="auto", settings=SMALL_STEPS, relative=True
     ),
+    "BEFT all terms, small steps": Arm(
+        (1e-2, 2e-2, 5e-2, 1e-1), bias_term="all", settings=SMALL_STEPS, bias_layers="upper", relative=True
+    ),
     **{
         f"{name}, {length}": replace(ARMS[name], settings=settings)
         for name in ("LoRA r=8", "(IA)3")
