@@ -136,9 +136,10 @@ def space():
 
 def test_the_space_is_around_the_recipe_and_begins_with_it():
     found = space()
-    assert found.first()[0] == found.default
-    assert [settings.term for settings in found.first()] == ["value", "key", "query", "all"]
-    assert all(settings[1:] == found.default[1:] for settings in found.first())
+    default, larger, *others = found.first()
+    assert default == found.default
+    assert larger == default._replace(rate=larger.rate) and larger.rate == pytest.approx(5**0.5 * default.rate)
+    assert others == [default._replace(term=term) for term in ("key", "query", "all")]
     assert found.layers == ("upper", "all", "4-5")
     assert found.steps == (200, 800)
     assert found.rates == pytest.approx((0.01, 0.25))

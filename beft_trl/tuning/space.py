@@ -48,10 +48,12 @@ class Space:
     steps: tuple[int, int]
 
     def first(self) -> list[Settings]:
-        """What is tried before the sampler chooses: the default, and then the other terms in the order of their
-        scores, each at the default's other settings.
+        """What is tried before the sampler chooses, each next to the default with one setting changed: a larger rate,
+        half-way to the highest, and then the other terms in the order of their scores.
         """
-        return [self.default, *(self.default._replace(term=term) for term in self.terms if term != self.default.term)]
+        larger = self.default._replace(rate=math.sqrt(self.default.rate * self.rates[1]))
+        terms = [self.default._replace(term=term) for term in self.terms if term != self.default.term]
+        return [self.default, larger, *terms]
 
     def suggest(self, trial: Any, affordable: float = math.inf) -> Settings:
         """The settings that a study asks a trial to try.
