@@ -218,7 +218,7 @@ class RelativeRatesMixin(BeftConfigMixin):
             default 0.05, of what its projection gives, since a bias of a size that is right in one layer is nothing in
             another. Giving both is an error.
         bf16: on if neither it nor `fp16` is given and the device is a GPU that can. TRL's own default is an error
-            on one that cannot, and on a CPU without AVX512 a hundred times slower than fp32.
+            on one that cannot, and on a CPU without AVX512 many times slower than fp32.
     """
 
     learning_rate: float | None = field(

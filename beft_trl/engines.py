@@ -77,7 +77,7 @@ def precision_of(quantization: BitsAndBytesConfig | None, dtype: Any) -> str:
 def slow_16_bits(device: torch.device) -> bool:
     """Whether `device` is a processor without instructions for bf16 and fp16, which it multiplies number by number.
 
-    On an x86 CPU with only AVX2 that takes a hundred times as long as fp32.
+    On an x86 CPU with only AVX2 that takes many times as long as fp32.
     """
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX")
 
@@ -93,11 +93,11 @@ def refuse_separate_processes(together: int) -> None:
 
 
 def warn_of_slow_16_bits(dtype: torch.dtype, args: TrainingArguments) -> None:
-    """Warns of weights of `dtype`, or settings, with which a step takes a hundred times as long as it could."""
+    """Warns of weights of `dtype`, or settings, with which a step takes many times as long as it could."""
     if slow_16_bits(args.device) and (dtype.itemsize == 2 or args.bf16 or args.fp16):
         logger.warning(
             f"dtype={dtype}, bf16={args.bf16} and fp16={args.fp16} on a processor without instructions for 16 bits: "
-            "a step takes up to a hundred times as long as in fp32. Use dtype=float32 and bf16=False."
+            "a step takes many times as long as in fp32. Use dtype=float32 and bf16=False."
         )
 
 

@@ -26,7 +26,7 @@ class Model:
     rate_factor: float = 1.0
 
 
-# Half the time of fp32 on a GPU or a CPU with AVX512, a hundred times that on other CPUs.
+# Faster than fp32 on a GPU or a CPU with AVX512, and many times slower on other CPUs.
 FAST_BF16 = not slow_16_bits(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 SEEDS = [0, 1, 2]
 FULL_MODELS = ["models/opt-small", "models/SmolLM2-135M-Instruct"]
