@@ -13,7 +13,7 @@ import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import records
@@ -36,10 +36,11 @@ ENOUGH = 0.8  # an accuracy that the runs are compared at
 
 @dataclass(frozen=True)
 class Arm:
-    """BEFT as it is without a rate; with one, a PEFT adapter, or everything."""
+    """BEFT without a rate, with a setting changed; with one, a PEFT adapter, or everything."""
 
     rate: float | None = None
     adapter: Callable[[], PeftConfig] | None = None
+    settings: dict = field(default_factory=dict)
 
 
 # Rates were not chosen for runs of this length: LoRA's and that of everything are those of SST-2 (quality.py).
@@ -48,6 +49,8 @@ ARMS = {
     "LoRA r=8": Arm(1e-3, lambda: LoraConfig(r=8, lora_alpha=16, target_modules=QUERY_AND_VALUE)),
     "(IA)3": Arm(1e-2, IA3Config),
     "full": Arm(1e-5),
+    **{f"BEFT, weight decay {decay}": Arm(settings={"weight_decay": decay}) for decay in (0.1, 0.3, 1.0)},
+    "BEFT, relative 0.02": Arm(settings={"relative_learning_rate": 0.02}),
 }
 
 
@@ -107,7 +110,7 @@ def run(model: str, task: Task, seed: int, arm: Arm, arguments: argparse.Namespa
             "processing_class": AutoTokenizer.from_pretrained(model),
         }
         if arm.rate is None:
-            trainer = BeftSFTTrainer(model, BeftSFTConfig(**config), **data)
+            trainer = BeftSFTTrainer(model, BeftSFTConfig(**config, **arm.settings), **data)
         else:
             adapter = arm.adapter and arm.adapter()
             trainer = SFTTrainer(model, SFTConfig(learning_rate=arm.rate, **config), peft_config=adapter, **data)
