@@ -196,7 +196,7 @@ class BeftTrainerMixin(Trainer):
             score_steps (`int`, *optional*): optimizer steps. Default: that of the configuration.
 
         Raises:
-            ValueError: for steps beyond the run, or an anchor that says nothing of the model.
+            ValueError: for no steps, or some beyond the run, or an anchor that says nothing of the model.
             RuntimeError: after `train()` under DeepSpeed, whose engine holds the trained biases.
         """
         found = scoring_pass(self, self._deltas, self.bias_sites, super().train, score_steps)
