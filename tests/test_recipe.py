@@ -183,8 +183,8 @@ OF_ANOTHER_WAY = [
     ({"train_file": "rows.jsonl"}, {"test_split_size": 0.1}, "datasets"),
     ({"train_file": "rows.jsonl"}, {"streaming": True}, "datasets"),
     ({"train_file": "rows.jsonl"}, {"dataset_streaming": True}, "dataset_name"),
-    ({"dataset_name": "."}, {"test_file": "rows.jsonl"}, "train_file"),
-    ({"dataset_name": "."}, {"test_split_size": 0.1}, "datasets"),
+    ({"dataset_name": "data"}, {"test_file": "rows.jsonl"}, "train_file"),
+    ({"dataset_name": "data"}, {"test_split_size": 0.1}, "datasets"),
     ({}, {"test_file": "rows.jsonl"}, "train_file"),
     ({}, {"dataset_config": "main"}, "dataset_name"),
 ]
@@ -194,7 +194,9 @@ OF_ANOTHER_WAY = [
 def test_a_setting_of_another_way_to_give_rows_is_refused(tmp_path, monkeypatch, rows, setting, way):
     """It would have no effect: no held-out rows, or others than those that were given."""
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text('{"text": "w1"}\n' * 20)
+    Path("data").mkdir()
+    for file in ("rows.jsonl", "data/train.jsonl"):
+        Path(file).write_text('{"text": "w1"}\n' * 20)
     names = DatasetMixtureConfig.__dataclass_fields__
     mixture = {name: value for name, value in setting.items() if name in names}
     if not rows:
