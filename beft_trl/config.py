@@ -271,6 +271,12 @@ class BeftSFTConfig(RelativeRatesMixin, SFTConfig):
     def __post_init__(self):
         if self.num_train_epochs is None and self.max_steps > 0:
             self.num_train_epochs = 3.0  # which max_steps overrides
+        if self.eval_packing and not self.packing:
+            # TRL (1.16) packs the held-out rows, and has only the collator of packed training tell them apart.
+            raise ValueError(
+                f"eval_packing={self.eval_packing} with packing=False: held-out rows that are packed together would "
+                "see each other, and their loss would be wrong. Leave eval_packing out."
+            )
         super().__post_init__()
 
 

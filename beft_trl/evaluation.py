@@ -18,7 +18,7 @@ from .data.rows import template_options
 
 
 BATCH_SIZE = 16
-NEW_TOKENS = 8
+NEW_TOKENS = 8  # of a written answer, or more if completions are longer
 # Completions that come back like this are classes: few of them, and each stands for several rows.
 MOST_CHOICES, ROWS_OF_A_CHOICE = 32, 2
 OTHER = "(other)"
@@ -30,7 +30,7 @@ class RowLoss(NamedTuple):
     Attributes:
         nll: sum of their negative log-likelihoods.
         tokens: their number.
-        right: whether each is the likeliest, which is what greedy decoding writes.
+        right: whether there are any and each is the likeliest, which is what greedy decoding writes.
     """
 
     nll: float
@@ -44,8 +44,8 @@ def mean_loss(rows: Sequence[RowLoss]) -> float:
 
 
 def share_right(rows: Sequence[RowLoss]) -> float:
-    """Share of rows of which each token is the likeliest."""
-    return sum(row.right for row in rows) / len(rows)
+    """Share of rows with a labelled token of which each is the likeliest."""
+    return sum(row.right for row in rows) / sum(row.tokens > 0 for row in rows)
 
 
 @dataclass
@@ -82,7 +82,7 @@ def evaluate(
     rows: Sequence[Mapping[str, Any]],
     choices: Sequence[str] | None = None,
     batch_size: int = BATCH_SIZE,
-    max_new_tokens: int = NEW_TOKENS,
+    max_new_tokens: int | None = None,
     bars: bool = False,
 ) -> Evaluation:
     """Measures a causal language model on prompt-completion rows.
@@ -94,7 +94,7 @@ def evaluate(
         choices (`Sequence[str]`, *optional*): the completions to rank. Default: those of the rows if they are classes,
             see [`classes_of`]; an empty list ranks nothing.
         batch_size (`int`, *optional*, defaults to 16): rows of a forward pass.
-        max_new_tokens (`int`, *optional*, defaults to 8): of a written answer.
+        max_new_tokens (`int`, *optional*): of a written answer. Default: see [`write`].
         bars (`bool`, *optional*, defaults to `False`): show on a terminal how far it has come.
 
     Raises:
@@ -236,7 +236,7 @@ def row_losses(
                     logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
                 ).view_as(labels)
                 counted = labels != IGNORED
-                right = ((logits.argmax(-1) == labels) | ~counted).all(1)
+                right = ((logits.argmax(-1) == labels) | ~counted).all(1) & counted.any(1)
                 of_rows = (losses.double().sum(1).tolist(), counted.sum(1).tolist(), right.tolist())
                 found.update(zip(numbers, map(RowLoss, *of_rows), strict=True))
     finally:
@@ -293,10 +293,27 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     batch_size: int = BATCH_SIZE,
-    max_new_tokens: int = NEW_TOKENS,
+    max_new_tokens: int | None = None,
     bar: str | None = None,
 ) -> list[str]:
-    """Greedy answers to the prompts of rows, conversational or plain, without the white space around them."""
+    """Greedy answers to the prompts of rows, conversational or plain, without the white space around them.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): comes back in the mode that it was in.
+        tokenizer (`PreTrainedTokenizerBase`): whose end of sequence ends an answer, as do those of the model.
+        rows (`Sequence`): with `prompt`.
+        batch_size (`int`, *optional*, defaults to 16): rows at a time.
+        max_new_tokens (`int`, *optional*): of an answer. Default: 8, or one more than the longest `completion` has, so
+            that an answer that goes on after it is not taken for it.
+        bar (`str`, *optional*): the name of a bar, which a terminal shows.
+    """
+    if max_new_tokens is None:
+        rights = [text_of(row["completion"]) for row in rows if "completion" in row]
+        longest = max((len(tokenizer(right, add_special_tokens=False)["input_ids"]) for right in rights), default=0)
+        max_new_tokens = max(NEW_TOKENS, longest + 1)
+    # A run can be told to end its answers otherwise than the base does (`eos_token` of `SFTConfig`).
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     training = model.training
     model.eval()
     texts = [
@@ -317,7 +334,7 @@ def write(
             add_special_tokens=isinstance(rows[start]["prompt"], str),  # a template has them
         ).to(model.device)
         # Greedy, whatever the model's own generation configuration says: that of Qwen2.5 has a penalty.
-        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": sorted(ends) or None}
         tokens = model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens, use_cache=True)
         answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     model.train(training)

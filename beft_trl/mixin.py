@@ -196,7 +196,7 @@ class BeftTrainerMixin(Trainer):
             score_steps (`int`, *optional*): optimizer steps. Default: that of the configuration.
 
         Raises:
-            ValueError: for steps beyond the run, or an anchor that says nothing of the model.
+            ValueError: for no steps, or some beyond the run, or an anchor that says nothing of the model.
             RuntimeError: after `train()` under DeepSpeed, whose engine holds the trained biases.
         """
         found = scoring_pass(self, self._deltas, self.bias_sites, super().train, score_steps)
@@ -242,8 +242,8 @@ class BeftTrainerMixin(Trainer):
     def find_checkpoint(self, asked: str | bool | None, engine: str, processes: int) -> Resumed | None:
         """The checkpoint that a run goes on from, see [`resume.find_checkpoint`]."""
         self._run = self.identity()
-        trained = self.selected_bias_term
-        return find_checkpoint(asked, self.args, self._deltas, self._run, engine, processes, trained)
+        trained, layers = self.selected_bias_term, [site.layer for site in self.bias_sites]
+        return find_checkpoint(asked, self.args, self._deltas, layers, self._run, engine, processes, trained)
 
     def _select(self, scores: BiasScores, learning_rates: dict[str, float]) -> None:
         self.bias_scores, self.learning_rates = scores, learning_rates

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from .checkpoints import STATE_FILE, damage, last_complete_checkpoint, manifest_
 from .deltas import adapter_shapes
 from .identity import FIXED, differences
 from .importance import SCORES_FILE, BiasScores, recorded_learning_rates
+from .spans import ranges
 from .tuner import Deltas
 
 
@@ -30,6 +32,7 @@ def find_checkpoint(
     asked: str | bool | None,
     args: Any,
     deltas: Deltas,
+    layers: Iterable[int],
     run: dict[str, Any],
     engine: str,
     processes: int,
@@ -41,6 +44,7 @@ def find_checkpoint(
         asked: `resume_from_checkpoint`.
         args: with the settings of [`BeftConfigMixin`].
         deltas: of the run's model.
+        layers: numbers of the layers whose bias the run may train.
         run: what identifies the run, see [`identity.identify_run`].
         engine: its name in `engines.ENGINES`.
         processes: number of the run's processes.
@@ -58,7 +62,7 @@ def find_checkpoint(
     refuse_other_run(checkpoint, engine, processes, run, args.allow_changed_resume)
     if engine.startswith("zero"):
         refuse_foreign_pickles(checkpoint, args.trust_checkpoint)
-    scores, rates = recorded_selection(checkpoint, trained or args.bias_term, args.relative_learning_rate)
+    scores, rates = recorded_selection(checkpoint, trained or args.bias_term, layers, args.relative_learning_rate)
     refuse_other_tensors(checkpoint, adapter_shapes(deltas.model, scores.trained_sites(deltas.candidates)))
     return Resumed(checkpoint, scores, rates, steps_of(checkpoint))
 
@@ -84,13 +88,13 @@ def checkpoint_to_resume(output_dir: str | Path, asked: str | bool | None) -> st
 
 
 def recorded_selection(
-    checkpoint: str | Path, bias_term: str, relative_learning_rate: float | None
+    checkpoint: str | Path, bias_term: str, layers: Iterable[int], relative_learning_rate: float | None
 ) -> tuple[BiasScores, dict[str, float]]:
     """The scores of a checkpoint, and with them the selection, and the learning rates.
 
     Raises:
-        ValueError: if it trains another term than `bias_term`, or one of the two runs has relative learning rates
-            and the other has none.
+        ValueError: if it trains another term than `bias_term` or was given other layers than `layers`, or one of the
+            two runs has relative learning rates and the other has none.
     """
     file = Path(checkpoint) / SCORES_FILE
     scores, rates = BiasScores.from_json(file), recorded_learning_rates(file)
@@ -98,6 +102,12 @@ def recorded_selection(
         raise ValueError(
             f"{checkpoint} trains the {scores.selected} bias, and this run asks for bias_term={bias_term!r}. Resume "
             "with bias_term='auto' or the recorded one, or start anew in another output_dir."
+        )
+    if scores.layers and scores.layers != sorted(set(layers)):
+        there = ranges(scores.layers)
+        raise ValueError(
+            f"{checkpoint} is of a run with the layers {there}, and bias_layers asks for {ranges(layers)}. Resume "
+            f"with bias_layers={there!r}, or start anew in another output_dir."
         )
     if bool(rates) != (relative_learning_rate is not None):
         raise ValueError(

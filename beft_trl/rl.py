@@ -30,7 +30,7 @@ from .compat.rollouts import send_only_biases
 from .config import RELATIVE_LEARNING_RATE, BeftConfigMixin, RelativeRatesMixin
 from .data.labels import datasets_of, position_limit
 from .data.preferences import check_marks, check_pairs, check_preferences
-from .data.rows import prepare_rows
+from .data.rows import prepare_rows, warn_of_unread
 from .deltas import whole_biases
 from .layout import find_bias_sites
 from .mixin import BeftTrainerMixin
@@ -109,7 +109,10 @@ class _FromRows(BeftTrainerMixin):
             check(given.get("train_dataset"), "train_dataset")
 
     def _checked(self, rows: Any, name: str) -> Any:
-        return prepare_rows(check_preferences(rows, name, self._formats))
+        rows = check_preferences(rows, name, self._formats)
+        if not isinstance(self, _FromRewards):  # reward functions are given every column
+            warn_of_unread(rows, name)
+        return prepare_rows(rows)
 
 
 class _FromPairs(_FromRows):

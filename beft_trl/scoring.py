@@ -117,8 +117,10 @@ def score_steps(asked: int | None, run: int) -> int:
         run (`int`): optimizer steps of the run.
 
     Raises:
-        ValueError: for more steps than the run has.
+        ValueError: for none, or more than the run has.
     """
+    if asked is not None and asked < 1:
+        raise ValueError(f"score_steps={asked} cannot score anything: give at least 1, or leave it out.")
     if asked is not None and asked > run:
         raise ValueError(
             f"score_steps={asked} is more than the {run} optimizer steps of this run. Give at most {run}, leave it "

@@ -47,14 +47,14 @@ def scoring_pass(
 
     Raises:
         RuntimeError: after `train()` under DeepSpeed.
-        ValueError: for more steps than the run has.
+        ValueError: for no steps, or more than the run has.
     """
     if trainer.is_deepspeed_enabled and trainer.deepspeed is not None:
         raise RuntimeError(
             "score() after train() would take the trained biases out of DeepSpeed's engine. Call it before, or "
             "make another trainer for it."
         )
-    steps = score_steps(asked or trainer.args.score_steps, run_steps(trainer))
+    steps = score_steps(trainer.args.score_steps if asked is None else asked, run_steps(trainer))
     return score_biases(trainer, deltas, sites, steps, run)
 
 

@@ -24,12 +24,20 @@ def spec_of(bias_layers: Any) -> str:
     """
     parts = bias_layers if isinstance(bias_layers, (list, tuple)) else [bias_layers]
     spec = "".join(",".join(map(str, parts)).split())
-    if isinstance(bias_layers, bool) or not SPEC.fullmatch(spec):
+    if isinstance(bias_layers, bool) or not SPEC.fullmatch(spec) or any(last < first for first, last in _ends(spec)):
         raise ValueError(
             f"bias_layers={bias_layers!r} names no layers. Give 'all', 'upper' for the upper half, a range such as "
             "'15-29', or a list such as [3, 5, 7]."
         )
     return spec
+
+
+def _ends(spec: str) -> list[tuple[int, int]]:
+    """First and last layer of each range in a specification; none for a word."""
+    if spec.isalpha():
+        return []
+    parts = [part.split("-") for part in spec.split(",")]
+    return [(int(part[0]), int(part[-1])) for part in parts]
 
 
 def sites_in(sites: BiasSites, bias_layers: str) -> BiasSites:
@@ -49,9 +57,8 @@ def sites_in(sites: BiasSites, bias_layers: str) -> BiasSites:
     elif bias_layers == "upper":
         wanted = set(layers[len(layers) // 2 :])
     else:
-        ends = [[int(number) for number in part.split("-")] for part in bias_layers.split(",")]
-        wanted = {layer for part in ends for layer in range(part[0], part[-1] + 1)}
-        if not wanted or not wanted <= set(layers):
+        wanted = {layer for first, last in _ends(bias_layers) for layer in range(first, last + 1)}
+        if not wanted <= set(layers):
             raise ValueError(
                 f"bias_layers={bias_layers!r} names layers that have no query, key and value projections: this model "
                 f"has them in layers {ranges(layers)}."

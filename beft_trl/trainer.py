@@ -19,7 +19,17 @@ from .arguments import (
 )
 from .config import BeftSFTConfig, BeftTrainingArguments
 from .data.labels import drop_masked, refuse_too_few_rows
-from .data.rows import TURNS, UNRENDERED, check_cells, check_columns, check_roles, explain_unrendered, prepare_rows
+from .data.rows import (
+    TURNS,
+    UNRENDERED,
+    check_cells,
+    check_columns,
+    check_masks,
+    check_roles,
+    explain_unrendered,
+    prepare_rows,
+    warn_of_unread,
+)
 from .mixin import BeftTrainerMixin
 
 
@@ -68,6 +78,8 @@ class BeftSFTTrainer(BeftTrainerMixin, SFTTrainer):
             if formatting is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
                 return rows
             rows = check_cells(rows, name, (args.dataset_text_field, *TURNS))
+            check_masks(rows, args, name)
+            warn_of_unread(rows, name, {args.dataset_text_field})
             return prepare_rows(rows, args.dataset_text_field, args.dataset_num_proc)
 
         check_datasets(given, checked)

@@ -118,6 +118,7 @@ OUT_OF_RANGE = {
     "lr_scheduler_kwargs": ["text"],
     "gradient_checkpointing_kwargs": ["text", [1]],
     "log_level": ["loud"],
+    "eval_packing": [True],  # without packing
 }
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from architectures import build
 from conftest import of_term, saved
 from processes import Python, python
@@ -101,6 +102,18 @@ def test_train_score_info_and_merge_are_one_way(beft, project, tmp_path):
     assert run.returncode == 0, run.stderr
     run = beft("info", tmp_path / "merged")
     assert run.returncode == 1 and "holds no adapter_config.json" in run.stderr
+
+
+def test_streamed_held_out_rows_are_measured_and_answered(beft, project, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes((project / "rows.jsonl").read_bytes())
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    del recipe["train_file"], recipe["num_train_epochs"]
+    rows = {"dataset_name": str(tmp_path), "dataset_streaming": True, "max_steps": 2, "answers": 3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **rows, "output_dir": str(tmp_path / "out")}))
+    run = beft("train", tmp_path / "recipe.yaml", "--bias_term", "value")
+    assert run.returncode == 0, run.stderr
+    assert "Held-out loss" in run.stdout and "Held-out accuracy" in run.stdout
 
 
 def test_an_unknown_launch_configuration_is_refused(beft, project):

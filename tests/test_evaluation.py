@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from beft_trl import BeftSFTConfig, BeftSFTTrainer, merge_adapter
 from beft_trl.cli.evaluate import evaluate_targets
-from beft_trl.evaluation import classes_of, confusion, encode, evaluate, prefer, row_losses
+from beft_trl.evaluation import classes_of, confusion, encode, evaluate, prefer, row_losses, share_right, write
 
 
 TEMPLATE = (
@@ -132,6 +132,49 @@ def test_a_row_is_right_if_greedy_decoding_writes_it():
         encoded.append({"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer})
         expected.append(bool(number % 2))
     assert [row.right for row in row_losses(model, encoded, batch_size=3)] == expected
+
+
+def test_a_row_without_a_label_is_not_right_and_has_no_part_in_the_share():
+    model, tokens = make_llama().eval(), [3, 4, 5]
+    likeliest = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+    rows = [
+        {"input_ids": tokens, "labels": [-100] * 3},
+        {"input_ids": [*tokens, likeliest], "labels": [-100, -100, -100, likeliest]},
+    ]
+    found = row_losses(model, rows)
+    assert [row.right for row in found] == [False, True] and share_right(found) == 1.0
+    assert not row_losses(model, rows[:1])[0].right
+
+
+def greedy_tokens(model, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0, -1]
+        logits[:3] = -torch.inf  # padding, end and unknown, which are no words
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_an_answer_ends_where_the_tokenizer_says_if_the_model_has_another_end():
+    """As of a run with `eos_token`, which the base does not know of."""
+    model, tokenizer, row = make_llama().eval(), make_tokenizer(), make_rows(1)[0]
+    model.generation_config.suppress_tokens = [0, 1, 2]
+    tokens = greedy_tokens(model, tokenizer(row["prompt"])["input_ids"], 6)
+    end = next(number for number in range(1, 6) if tokens[number] not in tokens[:number])
+    expected = tokenizer.decode(tokens[:end])
+    tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(tokens[end])})
+    assert write(model, tokenizer, [row], max_new_tokens=8) == [expected]
+
+
+def test_a_long_completion_can_be_written_and_one_that_goes_on_is_not_taken_for_it():
+    model, tokenizer, row = make_llama().eval(), make_tokenizer(), make_rows(1)[0]
+    model.generation_config.suppress_tokens = [0, 1, 2]
+    words = tokenizer.decode(greedy_tokens(model, tokenizer(row["prompt"])["input_ids"], 13)).split()
+    for count in (12, 8, 2):
+        row["completion"] = " " + " ".join(words[:count])
+        found = evaluate(model, tokenizer, [row], choices=[])
+        assert found.answers[0].split() == words[: max(8, count + 1)] and found.exact == 0
 
 
 def test_nothing_of_a_training_run_is_touched():

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from conftest import make_tokenizer
 from datasets import Dataset
 from trl import DatasetMixtureConfig
+from trl.scripts.utils import DatasetConfig
 
 from beft_trl import BeftDPOConfig, BeftGRPOConfig, BeftSFTConfig
 from beft_trl.cli.bases import refuse_missing_model
 from beft_trl.cli.recipe import BeftScriptArguments, held_out_rows, load_rows, parse_recipe
+from beft_trl.cli.run import load_data
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -105,6 +108,17 @@ ALPACA = [
 ]
 
 
+def test_alpaca_rows_are_turns_for_a_template_that_the_recipe_names(tmp_path):
+    """A base without a template of its own: as text the rows would never meet the one that was asked for."""
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "rows.json").write_text(json.dumps(ALPACA))
+    recipe = f"model_name_or_path: {tmp_path}\ntrain_file: {tmp_path}/rows.json\nuse_cpu: true\n"
+    for line, kind in (("", str), (f"chat_template_path: {tmp_path}/chat.jinja\n", list)):
+        data = load_data(parse_recipe(write(tmp_path / "r.yaml", recipe + line)))
+        assert isinstance(data.train[0]["prompt"], kind)
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
 def test_local_files_of_every_kind_with_alpaca_columns(tmp_path, suffix):
     import pandas
@@ -163,6 +177,33 @@ def test_local_files_keep_their_parts_whatever_the_splits_are_called(tmp_path, s
         train_file=str(tmp_path / "train.jsonl"), test_file=str(tmp_path / "test.jsonl"), dataset_train_split=split
     )
     assert rows["train"][0] == {"text": "train"} and rows["test"][0] == {"text": "test"}
+
+
+OF_ANOTHER_WAY = [
+    ({"train_file": "rows.jsonl"}, {"test_split_size": 0.1}, "datasets"),
+    ({"train_file": "rows.jsonl"}, {"streaming": True}, "datasets"),
+    ({"train_file": "rows.jsonl"}, {"dataset_streaming": True}, "dataset_name"),
+    ({"dataset_name": "data"}, {"test_file": "rows.jsonl"}, "train_file"),
+    ({"dataset_name": "data"}, {"test_split_size": 0.1}, "datasets"),
+    ({}, {"test_file": "rows.jsonl"}, "train_file"),
+    ({}, {"dataset_config": "main"}, "dataset_name"),
+]
+
+
+@pytest.mark.parametrize(("rows", "setting", "way"), OF_ANOTHER_WAY)
+def test_a_setting_of_another_way_to_give_rows_is_refused(tmp_path, monkeypatch, rows, setting, way):
+    """It would have no effect: no held-out rows, or others than those that were given."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for file in ("rows.jsonl", "data/train.jsonl"):
+        Path(file).write_text('{"text": "w1"}\n' * 20)
+    names = DatasetMixtureConfig.__dataclass_fields__
+    mixture = {name: value for name, value in setting.items() if name in names}
+    if not rows:
+        mixture["datasets"] = [DatasetConfig(path="json", data_files="rows.jsonl")]
+    script = {**rows, **{name: value for name, value in setting.items() if name not in names}}
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* only with {way}"):
+        load_rows(BeftScriptArguments(**script), DatasetMixtureConfig(**mixture), chat=False)
 
 
 MISREAD = {

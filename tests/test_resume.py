@@ -369,6 +369,18 @@ def test_a_relative_learning_rate_resumes(make_trainer, tmp_path):
             other.train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_resume_with_other_layers_is_refused(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    make_trainer(bias_layers="upper", **settings).train()
+    for allowed in (False, True):
+        with pytest.raises(ValueError, match="bias_layers asks for 0-1. Resume with bias_layers='1'"):
+            other = make_trainer(bias_layers="all", allow_changed_resume=allowed, **settings)
+            other.train(resume_from_checkpoint=True)
+    same = make_trainer(bias_layers="1", **settings)
+    same.train(resume_from_checkpoint=True)
+    assert same.resumed_at == 4
+
+
 def test_resume_continues_with_the_recorded_selection_and_does_not_score(make_trainer):
     whole = make_trainer(make_llama(), save_strategy="steps", save_steps=3, max_steps=6)
     whole.train()

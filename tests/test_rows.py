@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from beft_trl.cli.data_files import read_file
 from beft_trl.data.labels import check_tokens, position_limit
-from beft_trl.data.rows import check_cells, check_roles, explain_unrendered
+from beft_trl.data.rows import check_cells, check_roles, explain_unrendered, prepare_rows
 
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
@@ -161,6 +161,13 @@ def test_turns_of_other_names_of_roles_are_learnt(make_trainer, monkeypatch, rol
     assert ids(trainer) == [chatting()("w1 w2 w3 w4 ")["input_ids"]] * 4
 
 
+def test_rows_of_other_names_of_roles_are_learnt_after_rows_of_the_usual_ones():
+    """As in a mixture. A template that renders any role would have them learnt as they are."""
+    rows = [[{"role": role, "content": "w1"} for role in roles] for roles in (("user", "assistant"), ("human", "gpt"))]
+    prepared = prepare_rows(Dataset.from_list([{"messages": turns} for turns in rows]))
+    assert [[turn["role"] for turn in row["messages"]] for row in prepared] == [["user", "assistant"]] * 2
+
+
 def test_a_role_that_the_template_passes_over_is_refused_in_whatever_row():
     spoken = [{"messages": [TURN, ANSWER]}] * 200
     lost = {"messages": [TURN, {"role": "narrator", "content": "w5"}, ANSWER]}
@@ -253,6 +260,33 @@ def test_rows_with_fewer_labels_than_tokens_are_refused(make_trainer, more):
     good = {name: [1] * 3 for name in more}
     with pytest.raises(ValueError, match=r"Row 2 of train_dataset\b.*\b3\b"):
         make_trainer(rows=Dataset.from_list([row | good, row | more]))
+
+
+def test_a_completion_mask_of_tokenized_rows_is_used_or_the_run_asks(make_trainer):
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5, 6], "completion_mask": [0, 0, 1, 1]}] * 4)
+    with pytest.raises(ValueError, match=r"'completion_mask'.*completion_only_loss=True"):
+        make_trainer(rows=rows)
+    for only, labels in ((True, [-100, -100, 5, 6]), (False, [3, 4, 5, 6])):
+        trainer = make_trainer(rows=rows, completion_only_loss=only)
+        assert trainer.data_collator([trainer.train_dataset[0]])["labels"][0].tolist() == labels
+
+
+def test_tokenized_rows_with_padding_are_refused(make_trainer):
+    """The mask is not read: padding would be learnt, and seen by the tokens after it."""
+    row = {"input_ids": [3, 4, 5, 0], "labels": [3, 4, 5, 0], "attention_mask": [1, 1, 1, 1]}
+    make_trainer(rows=Dataset.from_list([row] * 4))
+    with pytest.raises(ValueError, match=r"Row 3 of train_dataset.*'attention_mask'"):
+        make_trainer(rows=Dataset.from_list([row] * 2 + [row | {"attention_mask": [1, 1, 1, 0]}] * 2))
+
+
+@pytest.mark.parametrize(("column", "value", "told"), [("system", "w1", True), ("question", "", False)])
+def test_a_column_that_looks_like_a_part_of_the_prompt_and_is_not_read_is_told_of(
+    make_trainer, caplog, column, value, told
+):
+    rows = make_rows(8).map(lambda row: {column: value, "id": "7"})
+    make_trainer(rows=rows)
+    assert (f"train_dataset has '{column}'" in caplog.text) == told
+    assert "'id'" not in caplog.text
 
 
 def test_only_a_first_token_is_nothing_to_learn_from(make_trainer):

@@ -228,6 +228,12 @@ def test_a_score_after_training_keeps_what_was_trained(make_trainer, tmp_path, k
     assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_score_of_no_steps_is_refused(make_trainer, steps):
+    with pytest.raises(ValueError, match=f"score_steps={steps} cannot score"):
+        make_trainer().score(steps)
+
+
 def test_training_goes_on_after_a_score_as_without_one(make_trainer):
     models = []
     for scored in (False, True):

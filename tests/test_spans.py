@@ -32,13 +32,15 @@ def test_the_upper_half_of_an_odd_number_has_the_middle_layer():
     assert {site.layer for site in sites} == {2, 3, 4}
 
 
-@pytest.mark.parametrize("given", ["lower", "", "-1", "1-", "a", [], None, True, 1.5, ["upper", 2], {"a": 1}])
+@pytest.mark.parametrize(
+    "given", ["lower", "", "-1", "1-", "3-2", "0,3-2", "a", [], None, True, 1.5, ["upper", 2], {"a": 1}]
+)
 def test_what_names_no_layers_is_refused(make_config, given):
     with pytest.raises(ValueError, match="bias_layers="):
         make_config(bias_layers=given)
 
 
-@pytest.mark.parametrize("given", ["4", "2-7", "3-2", [0, 9]])
+@pytest.mark.parametrize("given", ["4", "2-7", [0, 9]])
 def test_layers_that_the_model_does_not_have_are_refused(make_trainer, given):
     with pytest.raises(ValueError, match="0-3"):
         make_trainer(make_llama(num_hidden_layers=LAYERS), bias_layers=given)

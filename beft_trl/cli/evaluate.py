@@ -42,7 +42,7 @@ def evaluate_targets(
     choices: Sequence[str] | None = None,
     dtype: str | None = None,
     batch_size: int = 16,
-    max_new_tokens: int = 8,
+    max_new_tokens: int | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> list[tuple[Target, Evaluation]]:
     """Measures adapters, the bases that they are of, and models on the rows of a file. A base is loaded once.
@@ -54,7 +54,7 @@ def evaluate_targets(
         choices: the completions to rank, see [`evaluation.evaluate`].
         dtype: of the weights. Default: that of the files, or float32 on a processor without 16-bit instructions.
         batch_size: rows of a forward pass.
-        max_new_tokens: of a written answer.
+        max_new_tokens: of a written answer. Default: see [`evaluation.write`].
         tell: is given what goes on, where it takes seconds.
 
     Raises:

@@ -180,8 +180,14 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", "--batch-size", min=1, help="Rows at a time.")] = 16,
     max_new_tokens: Annotated[
-        int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Tokens of a written answer.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--max_new_tokens",
+            "--max-new-tokens",
+            min=1,
+            help="Tokens of a written answer. Default: enough for the longest completion, and at least 8.",
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures and answers.")] = None,
 ) -> None:
     """Measures adapters, their bases and models side by side on held-out rows.

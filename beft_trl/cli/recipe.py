@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import yaml
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers.trainer_utils import IntervalStrategy
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from ..config import BeftSFTConfig
+from ..data.rows import warn_of_unread
 from .data_files import read_file
 
 
@@ -27,6 +28,12 @@ DTYPES = (None, "auto", "float32", "bfloat16", "float16")
 INIT_FIELDS = {"revision": "model_revision", "attn_implementation": "attn_implementation", "dtype": "dtype"}
 # Fields that name a file or a folder, of this machine if it is there.
 PATHS = ("train_file", "test_file", "output_dir", "model_name_or_path", "chat_template_path", "resume_from_checkpoint")
+# The ways to give the training rows, with the settings that have an effect only with them.
+WAYS = {
+    "train_file": ("test_file",),
+    "dataset_name": ("dataset_config", "dataset_streaming"),
+    "datasets": ("streaming", "test_split_size"),
+}
 LOCAL = ("train", "test")  # the splits of local files, whatever those of a dataset are called
 SETTINGS = (
     "Nothing was run. Settings are the fields of BeftScriptArguments, BeftSFTConfig, trl.ModelConfig and "
@@ -259,12 +266,19 @@ def load_rows(
         FileNotFoundError, ValueError: for a missing file, an unknown kind of file, or a missing split.
     """
     files = dict(zip(LOCAL, (script_args.train_file, script_args.test_file), strict=True))
-    named = [name for name in ("train_file", "dataset_name") if getattr(script_args, name)]
-    named += ["datasets"] if dataset_args.datasets else []
+    given = {**vars(script_args), **vars(dataset_args)}
+    named = [way for way in WAYS if given[way]]
     if len(named) != 1:
         raise ValueError(
-            f"Give the training rows in exactly one way, train_file, dataset_name or datasets; got "
+            f"Give the training rows in exactly one way, {', '.join(WAYS)}; got "
             f"{' and '.join(named) or 'none of them'}."
+        )
+    lost = {name: way for way, names in WAYS.items() if way not in named for name in names if given[name]}
+    if lost:
+        name, way = next(iter(lost.items()))
+        raise ValueError(
+            f"{name}={given[name]!r} has an effect only with {way}, and the rows come from {named[0]}. Leave it out, "
+            f"or give the rows by {way}."
         )
     train, test = split_names(script_args)
     if train == test:
@@ -301,6 +315,7 @@ def as_prompts(dataset: Any, chat: bool, name: str) -> Any:
     columns = set(dataset.column_names or next(iter(dataset), {}))
     if not columns >= ALPACA_COLUMNS:
         return dataset
+    warn_of_unread(dataset, name, (*ALPACA_COLUMNS, "input"))
     options = {"chat": chat, "name": name}
     return dataset.map(_checked_alpaca, with_indices=True, fn_kwargs=options, remove_columns=list(columns))
 
@@ -338,7 +353,7 @@ def split_names(script_args: BeftScriptArguments) -> tuple[str, str]:
 
 def held_out_rows(
     rows: DatasetDict | IterableDatasetDict, script_args: BeftScriptArguments, training_args: BeftSFTConfig
-) -> Dataset | None:
+) -> Dataset | IterableDataset | None:
     """The held-out split, if there is one.
 
     Raises:
@@ -353,7 +368,7 @@ def held_out_rows(
             "eval_strategy='no' and eval_on_start=False."
         )
     if script_args.answers:
-        columns = set(held_out.column_names or ()) if held_out is not None else set()
+        columns = set(held_out.column_names or next(iter(held_out), {})) if held_out is not None else set()
         if not {"prompt", "completion"} <= columns:
             found = ", ".join(sorted(columns)) or "no held-out rows"
             raise ValueError(

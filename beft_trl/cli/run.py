@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ class Data(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     train: Dataset | IterableDataset
-    held_out: Dataset | None
+    held_out: Dataset | IterableDataset | None
 
 
 def check_base(recipe: Recipe) -> None:
@@ -70,7 +71,8 @@ def load_data(recipe: Recipe) -> Data:
         revision=recipe.model.model_revision,
         trust_remote_code=recipe.training.trust_remote_code,
     )
-    rows = load_rows(recipe.script, recipe.dataset, chat=tokenizer.chat_template is not None)
+    template = tokenizer.chat_template or getattr(recipe.training, "chat_template_path", None)
+    rows = load_rows(recipe.script, recipe.dataset, chat=template is not None)
     return Data(tokenizer, rows[split_names(recipe.script)[0]], held_out_rows(rows, recipe.script, recipe.training))
 
 
@@ -93,7 +95,7 @@ def train(recipe: Recipe) -> BeftSFTTrainer:
     trainer = build_trainer(recipe, data)
     say = trainer.accelerator.print
     held_out = data.held_out
-    questions = list(held_out.select(range(min(recipe.script.answers, len(held_out))))) if held_out is not None else []
+    questions = list(islice(held_out if held_out is not None else (), recipe.script.answers))
 
     # DeepSpeed has no engine to evaluate with before training.
     before = None if trainer.is_deepspeed_enabled else measure(trainer, questions)

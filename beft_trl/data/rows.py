@@ -1,7 +1,7 @@
 """The rows that a run is given: in a format of TRL's, with text in every cell that is learnt, and no turn lost."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -31,6 +31,8 @@ TEXT = ("string", "large_string")
 TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 RENDERED = ("tools", "chat_template_kwargs")  # columns that a template sees next to the turns
 LOOKED_AT = 64  # conversations in which a trace of a role is looked for
+# Columns that others read as a part of the prompt, and TRL does not.
+UNREAD = ("system", "system_prompt", "history", "question", "instruction", "query", "input", "context")
 OTHER = "another text"
 # What templates raise, and what happens in them.
 UNRENDERED = (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError, AttributeError, ZeroDivisionError)
@@ -142,6 +144,37 @@ def _check_pair(row: dict[str, Any], number: int, name: str, columns: Sequence[s
         )
 
 
+def check_masks(dataset: Any, args: Any, name: str) -> None:
+    """Refuses tokenized rows with masks that TRL (1.16) would pass over.
+
+    Args:
+        dataset: the rows; those of a stream are not looked at, but for the first.
+        args (`SFTConfig`): with `completion_only_loss`.
+        name (`str`): of the rows, for messages.
+
+    Raises:
+        ValueError: for a `completion_mask` without `completion_only_loss`, and for padding, which would be taken for
+            tokens.
+    """
+    first: dict[str, Any] = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
+    if "input_ids" not in first:
+        return
+    if "completion_mask" in first and "labels" not in first and args.completion_only_loss is None:
+        raise ValueError(
+            f"{name} has 'completion_mask', which is passed over in tokenized rows unless it is asked for: set "
+            "completion_only_loss=True, or False to learn the prompts too."
+        )
+    if "attention_mask" not in first:
+        return
+    masks = dataset["attention_mask"] if isinstance(dataset, Dataset) else [first["attention_mask"]]
+    row = next((number for number, mask in enumerate(masks, 1) if 0 in mask), None)
+    if row is not None:
+        raise ValueError(
+            f"Row {row} of {name} has padding by its 'attention_mask', which is not read: the padding would be taken "
+            "for tokens. Leave it out of the rows, batches are padded later."
+        )
+
+
 def _check_tokenized(rows: Any, columns: list[str], name: str) -> None:
     """Refuses token ids, labels and masks that are not one whole number for each token."""
     columns = [column for column in TOKENIZED if column in columns]
@@ -199,6 +232,25 @@ def _check_cell(value: Any, name: str, row: int, column: str, blank_is_text: boo
             )
 
 
+def warn_of_unread(dataset: Any, name: str, read: Collection[str] = ()) -> None:
+    """Warns of columns that look like a part of the prompt and are not read.
+
+    Args:
+        dataset: the rows, of which the first ones are looked at, of a stream only the first one.
+        name (`str`): of the rows, for the message.
+        read (`Collection[str]`, *optional*): columns that are.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    rows = list(islice(dataset, LOOKED_AT if isinstance(dataset, Dataset) else 1))
+    unread = [column for column in UNREAD if column not in read and any(row.get(column) for row in rows)]
+    if unread:
+        logger.warning(
+            f"{name} has {', '.join(map(repr, unread))}, which the run does not read: the model never sees what is in "
+            "it. Make it a part of the prompt or of the turns, or take the column out."
+        )
+
+
 def prepare_rows(dataset: Any, text_field: str = "text", num_proc: int | None = None) -> Any:
     """Rows in which TRL loses nothing: roles by the names that templates know, and one format only.
 
@@ -220,7 +272,10 @@ def prepare_rows(dataset: Any, text_field: str = "text", num_proc: int | None = 
     if text_field in row and other:
         logger.warning_once(f"The column {text_field!r} is left out, since the rows have {other}.")
         dataset = dataset.remove_columns(text_field)
-    old = (turn.get("role") in ROLES or "from" in turn for name in turns for turn in row[name])
+    # Of each row, since a mixture has rows of many hands; those of a stream are not known yet.
+    picked: Any = dataset.select_columns(turns) if turns and isinstance(dataset, Dataset) else [row]
+    spoken = (turn for each in picked for name in turns for turn in each[name] or ())
+    old = (turn.get("role") in ROLES or "from" in turn for turn in spoken)
     if "conversations" in turns or any(old):
         options: dict[str, Any] = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
         with PartialState().main_process_first():
