@@ -32,6 +32,9 @@ OLD_KEYS = ("past_key_values", "past_key_value", "layer_past")  # of a generatio
 NOT_SEEN = ("labels", "shift_labels", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Rotary embeddings with other frequencies for a batch with a long row (Transformers' `dynamic_rope_update`).
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+# Settings of Llama 4 by which attention counts from the start of a batch's row, and not by position ids: the chunks
+# (Transformers before 5.23), and how the layers without positions are scaled.
+COUNTED_IN_BATCH = ("attention_chunk_size", "attn_temperature_tuning")
 NOISE = re.compile(r"drop|jitter|noise")
 # The largest difference of kept and computed states of a row, of their norm, by the size of their numbers in bytes.
 # Batches of other sizes differ in rounding: SmolLM2 by 1e-6 in fp32, by 1e-2 in bf16.
@@ -317,16 +320,21 @@ def plan_cache(trainer: Any, sites: Sequence[BiasSite], engine: str) -> CachePla
 
 def _reason_against(trainer: Any, frozen: FrozenLayers, engine: str) -> str | None:
     args = trainer.args
+    config: Any = frozen.around[0].config
     if args.neftune_noise_alpha:
         return f"neftune_noise_alpha={args.neftune_noise_alpha} gives them other numbers each time"
     noise = _first_noise(frozen)
     if noise is not None:
         return f"{noise} gives other numbers each time"
-    positions = _positions_of_own(frozen.around[0].config)
+    positions = _positions_of_own(config)
     longest = getattr(args, "max_length", None)
     if positions is not None and (longest is None or longest > positions):
         return f"beyond {positions} positions their rotary embedding depends on the longest row of a batch"
-    if getattr(frozen.around[0].config, "output_router_logits", False):
+    counted = {name: getattr(config.get_text_config(), name, None) for name in COUNTED_IN_BATCH}
+    for name, value in counted.items():
+        if value:
+            return f"{name}={value} counts from where a row of the batch begins, and a row of the data may begin later"
+    if getattr(config, "output_router_logits", False):
         return "output_router_logits=True asks for the routers of every layer"
     if engine in SPLIT_AT_LOADING:
         return "ZeRO-3 gathers the weights of every layer in every process"

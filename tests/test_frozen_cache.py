@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from architectures import DECODERS
+from architectures import DECODERS, WITH_HEADS
 from conftest import losses, make_llama, make_opt, make_rows, make_tokenizer
 from datasets import Dataset
 from torch.nn import functional
@@ -15,6 +15,8 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     set_seed,
 )
 
@@ -370,6 +372,27 @@ def test_rows_whose_states_depend_on_the_longest_of_their_batch_are_not_cached(m
     with pytest.raises(ValueError, match="beyond 16 positions"):
         make_trainer(model, **UPPER, max_length=17, cache_frozen_layers=True)
     assert make_trainer(model, **UPPER, max_length=16).frozen_cache is not None
+
+
+def test_rows_whose_states_depend_on_where_they_begin_are_not_cached(make_trainer):
+    """Llama 4 scales the queries of its layers without positions by their number in the row of the batch."""
+    set_seed(0)
+    config = Llama4TextConfig(
+        **{**WITH_HEADS, "num_hidden_layers": LAYERS}, num_local_experts=2, intermediate_size_mlp=48, floor_scale=4,
+        attn_temperature_tuning=True, no_rope_layers=[1, 0] * 2, initializer_range=0.2, attention_chunk_size=8,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    first, row, positions = torch.randint(3, 60, (1, 6)), torch.randint(3, 60, (1, 6)), torch.arange(6)[None]
+    with torch.no_grad():
+        by_itself = model.model(input_ids=row, position_ids=positions, output_hidden_states=True)
+        after = model.model(
+            input_ids=torch.cat([first, row], 1), position_ids=positions.repeat(1, 2), output_hidden_states=True
+        )
+    assert (after.hidden_states[2][0, 6:] - by_itself.hidden_states[2][0]).abs().max() > 1e-3
+    for reason in ("attention_chunk_size=8", "attn_temperature_tuning=True"):
+        with pytest.raises(ValueError, match=reason):
+            make_trainer(copy.deepcopy(model), **UPPER, cache_frozen_layers=True)
+        model.config.attention_chunk_size = None
 
 
 def test_a_stream_is_not_cached(make_trainer):

@@ -76,6 +76,9 @@ def test_what_a_server_would_pass_over_is_refused_and_nothing_is_written(tmp_pat
 
 def test_biases_that_a_base_has_by_a_switch_are_looked_at_too(tmp_path):
     """A base that was merged before, for instance."""
+    make_adapter("llama", tmp_path, switched_on=True)
+    with pytest.raises(MergeError, match="ollama.*llama"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base", server="ollama")
     make_adapter("granite", tmp_path, switched_on=True)
     with pytest.raises(MergeError, match="passes over"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base", server="sglang")

@@ -23,7 +23,7 @@ from .output import (
     write_card,
     write_config,
 )
-from .placement import place
+from .placement import has_switched_biases, place
 from .servers import LLAMA_CPP, TRANSFORMERS, not_read
 from .verify import (
     compare_logits,
@@ -120,7 +120,8 @@ def merge_adapter(
     check_fit(content.deltas, skeleton, adapter)
     plan = place(content.deltas, config, skeleton, sites, checkpoint, output_projection)
 
-    left_out = not_read(server, plan.config.model_type, skeleton, sites, plan.create, plan.add)
+    switched = bool(plan.create) or has_switched_biases(config)
+    left_out = not_read(server, plan.config.model_type, skeleton, sites, plan.create, plan.add, switched)
     create = {path: values for path, values in plan.create.items() if path not in left_out}
     report.rule = plan.rule
     with whole_or_nothing(output) as partial:

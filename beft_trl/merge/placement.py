@@ -111,6 +111,13 @@ def with_biases(config: PreTrainedConfig, skeleton: nn.Module) -> Iterator[tuple
             yield rule, variant, {name.removesuffix(".bias") for name in created}
 
 
+def has_switched_biases(config: PreTrainedConfig) -> bool:
+    """Whether a switch that is off by default gives a base biases, as it gives them to a merged Llama."""
+    config = config.get_text_config()
+    default = type(config)()
+    return any(getattr(config, each, None) is True and getattr(default, each, None) is False for each in SWITCHES)
+
+
 def fold(
     deltas: dict[str, Tensor], skeleton: nn.Module, sites: list[BiasSite], checkpoint: CheckpointFiles
 ) -> dict[str, Tensor] | None:

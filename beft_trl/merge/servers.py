@@ -73,18 +73,20 @@ def not_read(
     sites: list[BiasSite],
     created: dict[str, Tensor],
     changed: dict[str, Tensor],
+    switched: bool,
 ) -> set[str]:
     """The paths of the zero biases that a server does not read, and that are better left out.
 
-    Biases that an architecture always has are read by every server that knows it. Those that a base has by a switch of
-    its configuration are looked at if the model type is one of the server's table.
+    Biases that an architecture always has are read by every server that knows it. Those that a switch of the
+    configuration gives it, in the base already or by the merge, need a line in the server's table.
 
     Args:
         server (`str`): one of `NAMES`.
         model_type (`str`): of the merged model's configuration.
         skeleton, sites: the base model without weights, and its bias sites.
-        created (`dict[str, Tensor]`): the biases that a switch of the configuration gives it, by module path.
+        created (`dict[str, Tensor]`): the biases that the merge gives it, by module path.
         changed (`dict[str, Tensor]`): what is added to biases that the base has.
+        switched (`bool`): whether a switch that is off by default gives it any of them.
 
     Raises:
         MergeError: if it would pass over a bias that is not zero, or nobody has looked whether it does.
@@ -96,7 +98,7 @@ def not_read(
     known = SERVERS[server]
     reads = known.reads.get(model_type)
     if reads is None:
-        if not created:
+        if not switched:
             return set()
         raise MergeError(
             f"Whether {server} reads the attention biases of {model_type} is not known, and a server that does not "

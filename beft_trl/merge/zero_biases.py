@@ -49,7 +49,7 @@ def add_zero_biases(base: str | Path, output: str | Path, link: bool = False) ->
         )
     report = MergeReport(str(output), rule)
     zeros = {path: torch.zeros(features(skeleton.get_submodule(path))[1]) for path in created}
-    for path in not_read(VLLM, variant.model_type, skeleton, sites, zeros, {}):
+    for path in not_read(VLLM, variant.model_type, skeleton, sites, zeros, {}, switched=True):
         del zeros[path]
     loaded_in = config.dtype if isinstance(config.dtype, torch.dtype) else None
     with whole_or_nothing(output) as partial:
