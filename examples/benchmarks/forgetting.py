@@ -49,6 +49,9 @@ ARMS = {
     "LoRA r=8": Arm(1e-3, lambda: LoraConfig(r=8, lora_alpha=16, target_modules=QUERY_AND_VALUE)),
     "(IA)3": Arm(1e-2, IA3Config),
     "full": Arm(1e-5),
+}
+# What could keep more, one setting of BEFT changed at a time.
+VARIANTS = {
     **{f"BEFT, weight decay {decay}": Arm(settings={"weight_decay": decay}) for decay in (0.1, 0.3, 1.0)},
     "BEFT, relative 0.02": Arm(settings={"relative_learning_rate": 0.02}),
 }
@@ -91,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
             for model in arguments.models:
                 for arm in arguments.arms:
                     if (model, name, seed, arm) not in done:
-                        found = run(model, task, seed, ARMS[arm], arguments)
+                        found = run(model, task, seed, (ARMS | VARIANTS)[arm], arguments)
                         line = {"model": model, "task": name, "seed": seed, "arm": arm, "marks": found}
                         records.append(arguments.results, line)
                         print(model, name, seed, arm, found[-1], flush=True)
@@ -166,7 +169,7 @@ def report(results: Path) -> None:
 if __name__ == "__main__":
     parser = records.make_parser(__doc__, "forgetting.jsonl")
     add_arguments(parser, TASKS)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *VARIANTS])
     parsed = parse(parser)
     score_only_labelled_tokens()
     if not parsed.report:

@@ -8,6 +8,7 @@ from statistics import fmean, geometric_mean, stdev
 
 import cost
 import defaults
+import forgetting
 import grpo
 import quality
 import records
@@ -26,13 +27,9 @@ KINDS = {"BEFT": "tab:blue", "PEFT BEFT": "tab:cyan", "output bias": "tab:cyan",
 def draw_quality(arms: dict[str, list[dict]], axes: Axes) -> None:
     """Test loss of each arm, best first, with the spread over seeds and the number of trained parameters.
 
-    Left out are the model as it was, whose loss is many times that of the others, and the variants of one arm.
+    Left out is the model as it was, whose loss is many times that of the others.
     """
-    losses = {
-        arm: [line["test"]["nll"] for line in lines]
-        for arm, lines in arms.items()
-        if arm not in quality.VARIANTS and lines[0]["trainable"]
-    }
+    losses = {arm: [line["test"]["nll"] for line in lines] for arm, lines in arms.items() if lines[0]["trainable"]}
     names = sorted(losses, key=lambda arm: fmean(losses[arm]))
     for row, arm in enumerate(names):
         spread = stdev(losses[arm]) if len(losses[arm]) > 1 else 0.0
@@ -117,6 +114,17 @@ def style_of(arm: str, arms: dict[str, list[dict]]) -> str:
     return ("-", "--", ":")[[each for each in arms if color_of(each) == color_of(arm)].index(arm)]
 
 
+def draw_forgetting(lines: list[dict], axes: Axes) -> None:
+    """Accuracy in the task over the loss on Alpaca's answers, along the runs of the first seed."""
+    for line in lines:
+        if line["arm"] in forgetting.ARMS and line["seed"] == 0:
+            losses = [mark["alpaca"]["nll"] for mark in line["marks"]]
+            rights = [mark["task"]["accuracy"] for mark in line["marks"]]
+            axes.plot(losses, rights, "o-", markersize=3, label=line["arm"], color=color_of(line["arm"]))
+    axes.set(xlabel="loss on Alpaca's answers", ylabel="accuracy in the task")
+    axes.legend(fontsize=7)
+
+
 def save(name: str, titles: list[str], draw, rows: int = 1) -> None:
     if titles:
         columns = len(titles) // rows
@@ -131,9 +139,10 @@ def save(name: str, titles: list[str], draw, rows: int = 1) -> None:
 
 def main() -> None:
     runs = {
-        f"{Path(model).name}, {task}": arms
+        f"{Path(model).name}, {task}": {arm: lines for arm, lines in arms.items() if arm in quality.ARMS}
         for (model, task), arms in quality.best_runs(records.RESULTS / "quality.jsonl").items()
     }
+    runs = {title: arms for title, arms in runs.items() if arms}  # of five epochs
     save("quality", list(runs), lambda title, axes: draw_quality(runs[title], axes))
 
     judged = selection.judgements(records.read(records.RESULTS / "selection.jsonl"))
@@ -162,6 +171,11 @@ def main() -> None:
         for model in dict.fromkeys(shape[0] for shape in shapes)
     }
     save("cost", list(first), lambda title, axes: draw_cost(first[title], axes))
+
+    lost: dict[str, list[dict]] = {}
+    for line in records.read(records.RESULTS / "forgetting.jsonl"):
+        lost.setdefault(f"{Path(line['model']).name}, {line['task']}", []).append(line)
+    save("forgetting", list(lost), lambda title, axes: draw_forgetting(lost[title], axes))
 
     learnt = grpo.runs_of(records.RESULTS / "grpo.jsonl")
     pictures = {"rewards": draw_rewards, "held-out messages": draw_accuracies} if learnt else {}
