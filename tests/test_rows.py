@@ -271,12 +271,16 @@ def test_a_completion_mask_of_tokenized_rows_is_used_or_the_run_asks(make_traine
         assert trainer.data_collator([trainer.train_dataset[0]])["labels"][0].tolist() == labels
 
 
-def test_tokenized_rows_with_padding_are_refused(make_trainer):
+def test_padding_in_tokenized_rows_is_refused_where_it_would_count(make_trainer):
     """The mask is not read: padding would be learnt, and seen by the tokens after it."""
     row = {"input_ids": [3, 4, 5, 0], "labels": [3, 4, 5, 0], "attention_mask": [1, 1, 1, 1]}
     make_trainer(rows=Dataset.from_list([row] * 4))
-    with pytest.raises(ValueError, match=r"Row 3 of train_dataset.*'attention_mask'"):
-        make_trainer(rows=Dataset.from_list([row] * 2 + [row | {"attention_mask": [1, 1, 1, 0]}] * 2))
+    learnt = row | {"attention_mask": [1, 1, 1, 0]}
+    seen = {"input_ids": [0, 3, 4, 5], "labels": [-100, 3, 4, 5], "attention_mask": [0, 1, 1, 1]}
+    for padded in (learnt, seen):
+        with pytest.raises(ValueError, match=r"Row 3 of train_dataset.*'attention_mask'"):
+            make_trainer(rows=Dataset.from_list([row] * 2 + [padded] * 2))
+    make_trainer(rows=Dataset.from_list([learnt | {"labels": [3, 4, 5, -100]}] * 4))
 
 
 @pytest.mark.parametrize(("column", "value", "told"), [("system", "w1", True), ("question", "", False)])

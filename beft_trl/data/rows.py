@@ -153,8 +153,8 @@ def check_masks(dataset: Any, args: Any, name: str) -> None:
         name (`str`): of the rows, for messages.
 
     Raises:
-        ValueError: for a `completion_mask` without `completion_only_loss`, and for padding, which would be taken for
-            tokens.
+        ValueError: for a `completion_mask` without `completion_only_loss`, and for padding that would be taken for
+            tokens: at the end and without labels it does no harm.
     """
     first: dict[str, Any] = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
     if "input_ids" not in first:
@@ -166,13 +166,21 @@ def check_masks(dataset: Any, args: Any, name: str) -> None:
         )
     if "attention_mask" not in first:
         return
-    masks = dataset["attention_mask"] if isinstance(dataset, Dataset) else [first["attention_mask"]]
-    row = next((number for number, mask in enumerate(masks, 1) if 0 in mask), None)
-    if row is not None:
+    rows = dataset if isinstance(dataset, Dataset) else [first]
+    number = next((number for number, row in enumerate(rows, 1) if _padding_counts(row)), None)
+    if number is not None:
         raise ValueError(
-            f"Row {row} of {name} has padding by its 'attention_mask', which is not read: the padding would be taken "
-            "for tokens. Leave it out of the rows, batches are padded later."
+            f"Row {number} of {name} has padding by its 'attention_mask', which is not read: the padding would be "
+            "taken for tokens. Leave it out of the rows, batches are padded later."
         )
+
+
+def _padding_counts(row: dict[str, Any]) -> bool:
+    """Whether tokens that the row's mask takes for padding would be learnt, or seen by a token after them."""
+    mask = list(row["attention_mask"])
+    length = mask.index(0) if 0 in mask else len(mask)
+    labels = row.get("labels", row["input_ids"])
+    return any(mask[length:]) or any(label != -100 for label in labels[length:])
 
 
 def _check_tokenized(rows: Any, columns: list[str], name: str) -> None:
