@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .compat.adapters import BeftLayer, BeftModel, switched_off
+from .compat.adapters import BeftLayer, BeftModel, beft_tuner, switched_off
 
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -106,7 +106,8 @@ def add_adapter(model: PeftModel, folder: str, adapter_name: str) -> None:
     config, biases = _read(folder)
     layers = _layers(model)
     if any(name not in layers or len(layers[name].beft_bias) == 0 for name in biases):
-        model.load_adapter(folder, adapter_name)
+        with beft_tuner():
+            model.load_adapter(folder, adapter_name)
         return
     config.inference_mode = True
     model.peft_config[adapter_name] = config
@@ -124,10 +125,16 @@ def swap_adapter(model: PeftModel, folder: str, adapter_name: str = "default") -
         adapter_name (`str`, *optional*, defaults to `"default"`): of the one that is replaced.
 
     Raises:
-        ValueError: if the other has biases at other modules, or the one to replace is merged into the base. The model
-            is then as it was.
+        ValueError: if the other has biases at other modules, or the one to replace is merged into the base or holds
+            modules that were trained whole, such as a head. The model is then as it was.
     """
     _, biases = _read(folder)
+    configs: dict[str, Any] = model.peft_config
+    if adapter_name in configs and configs[adapter_name].modules_to_save:
+        raise ValueError(
+            f"The adapter {adapter_name!r} holds modules that were trained whole, such as a head, which would stay: "
+            "load the other as another adapter, with add_adapter."
+        )
     held = {
         name: layer.beft_bias[adapter_name]
         for name, layer in _layers(model).items()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import build
-from conftest import make_llama, make_opt
+from conftest import make_llama, make_opt, of_term
 from peft import BeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
@@ -209,3 +209,30 @@ def test_an_adapter_that_is_merged_into_the_base_is_not_swapped(tmp_path):
         swap_adapter(model, str(tmp_path / "c"))
     model.unmerge_adapter()
     torch.testing.assert_close(model(input_ids=tokens).logits, before)
+
+
+def test_an_adapter_with_a_head_is_not_swapped_for_one_without(tmp_path):
+    """Its head would stay, and the answers would be those of neither adapter."""
+    make_llama().save_pretrained(tmp_path / "base")
+    for name, whole in (("head", ["lm_head"]), ("plain", [])):
+        model = make_llama()
+        attach_deltas(model, of_term(model), whole).save_pretrained(tmp_path / name)
+    loaded = load_adapter(make_llama(), str(tmp_path / "head"))
+    with pytest.raises(ValueError, match="'default' holds modules that were trained whole"):
+        swap_adapter(loaded, str(tmp_path / "plain"))
+
+
+def test_an_adapter_of_other_layers_of_a_conv1d_is_added(tmp_path):
+    for layer in (0, 1):
+        model = build("gpt2")
+        sites = [site for site in of_term(model) if site.layer == layer]
+        adapted = attach_deltas(model, sites)
+        delta(adapted, sites[0]).data[0, sites[0].rows] = 1.0 + layer
+        adapted.save_pretrained(tmp_path / str(layer))
+    model = load_adapter(build("gpt2"), str(tmp_path / "0")).eval()
+    add_adapter(model, str(tmp_path / "1"), "other")
+    model.set_adapter("other")
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        expected = load_adapter(build("gpt2"), str(tmp_path / "1")).eval()(tokens).logits
+        assert torch.equal(model(tokens).logits, expected)
