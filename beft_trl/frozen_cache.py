@@ -329,9 +329,10 @@ def _reason_against(trainer: Any, frozen: FrozenLayers, engine: str) -> str | No
     longest = getattr(args, "max_length", None)
     if positions is not None and (longest is None or longest > positions):
         return f"beyond {positions} positions their rotary embedding depends on the longest row of a batch"
-    counted = {name: getattr(frozen.around[0].config.get_text_config(), name, None) for name in COUNTED_IN_BATCH}
-    for name, value in counted.items():
-        if value:
+    base: Any = frozen.around[0]
+    text_config = base.config.get_text_config()
+    for name in COUNTED_IN_BATCH:
+        if value := getattr(text_config, name, None):
             return f"{name}={value} counts from where a row of the batch begins, and a row of the data may begin later"
     if getattr(frozen.around[0].config, "output_router_logits", False):
         return "output_router_logits=True asks for the routers of every layer"
