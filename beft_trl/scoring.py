@@ -16,7 +16,7 @@ from .deltas import all_at_zero, gather_deltas, gather_saved_whole, native_biase
 from .importance import LayerScores, TermScores, fisher, importance, magnitude
 from .layout import TERMS, BiasSite, BiasSites
 from .probe import ScoringProbe, ScoringProgress
-from .tuner import Deltas
+from .tuner import Deltas, trained_to_fp32
 
 
 logger = get_logger(__name__)
@@ -147,6 +147,7 @@ def _train_aside(
             run()
             return gather_deltas(deltas.model, deltas.sites)
     finally:
+        trained_to_fp32(deltas.model)  # DeepSpeed leaves 16 bits of them if it computes in 16 bits
         set_deltas(deltas.model, before)
         restore_saved_whole(deltas.model, head)
 
