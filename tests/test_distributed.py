@@ -278,19 +278,20 @@ def test_a_relative_learning_rate_is_refused_with_an_optimizer_of_deepspeed(tmp_
 
 @pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.matrix)])
 def test_resume_under_deepspeed_ends_where_the_whole_run_does(tmp_path, engine):
+    """In bf16, as on a GPU: the deltas are in 16 bits in the engine, and its fp32 copies of them have to come back."""
     relative = ("--relative_learning_rate", "0.03")  # so that there are groups of parameters to put back
-    whole = finished(tmp_path / "cell", "llama", engine, "fp32", *relative)
+    whole = finished(tmp_path / "cell", "llama", engine, "bf16", *relative)
     expected = whole.deltas
     for name in ("adapter_model.safetensors", "adapter_config.json", "beft_scores.json"):
         (whole.output / name).unlink()
     for path in sorted((whole.output / "checkpoint-4").rglob("*.pt"))[:1]:
         path.write_bytes(path.read_bytes()[:100])  # damaged: passed over for checkpoint-2
-    run = launch(tmp_path / "cell", "llama", engine, "fp32", "--resume_from_checkpoint", "true", *relative)
+    run = launch(tmp_path / "cell", "llama", engine, "bf16", "--resume_from_checkpoint", "true", *relative)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "passed over" in run.stderr
     for name, delta in load_file(whole.output / "adapter_model.safetensors").items():
         assert torch.equal(delta, expected[name])
-    other = launch(tmp_path / "cell", "llama", "single", "fp32", "--resume_from_checkpoint", "true", *relative)
+    other = launch(tmp_path / "cell", "llama", "single", "bf16", "--resume_from_checkpoint", "true", *relative)
     assert other.returncode != 0
     assert f"was written by {engine} on 2 process(es), and this run is single on 1" in other.stderr
 
