@@ -1,6 +1,6 @@
 """The values of what is trained: read, put back and checked, on any engine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,25 @@ def gather_deltas(model: PeftModel, sites: Sequence[BiasSite]) -> dict[BiasSite,
     """The deltas as fp32 tensors on the CPU, shape (len(site.rows),). A collective under ZeRO."""
     vectors = _gather_vectors(model, sites)
     return {site: vectors[site.module].flatten()[site.rows] for site in sites}
+
+
+def exact_start(model: PeftModel, sites: Sequence[BiasSite]) -> Callable[[], None]:
+    """Reads the deltas as they are before DeepSpeed has them, and returns what puts its fp32 copies to these values.
+
+    An engine that computes in 16 bits rounds the deltas before it copies them. An adapter that is trained further
+    would begin rounded. Both calls are collectives.
+    """
+    vectors = _gather_vectors(model, sites)
+
+    def put() -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for site in sites:
+            parameter = delta(model, site)
+            if has_fp32_copy(parameter):
+                safe_set_full_fp32_param(parameter, vectors[site.module].to(parameter.device))
+
+    return put
 
 
 def adapter_state_dict(model: PeftModel, sites: Sequence[BiasSite]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """`BeftTrainerMixin`, for any Trainer: score, select, train, save."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from .compat.losses import labelled_tokens_only
 from .compat.models import forget_input_gradients
 from .data.labels import check_tokens_of
 from .data.vocabulary import known_tokens_only
-from .deltas import adapter_state_dict, check_moved, gather_deltas, gather_saved_whole
+from .deltas import adapter_state_dict, check_moved, exact_start, gather_deltas, gather_saved_whole
 from .engines import engine_of, refuse_cell, refuse_separate_processes, warn_of_slow_16_bits
 from .frozen_cache import frozen_cache
 from .identity import identify_base, identify_run
@@ -233,7 +233,12 @@ class BeftTrainerMixin(Trainer):
             # An evaluation before the run marks the model as prepared, and DDP would be left out.
             forget_preparation(self.model, self.accelerator)
         head = gather_saved_whole(self.model)
-        output = super().train(checkpoint, *others, **kwargs)
+        if self.is_deepspeed_enabled and checkpoint is None:
+            self.add_callback(_Begin(exact_start(self.model, self.trained_sites)))
+        try:
+            output = super().train(checkpoint, *others, **kwargs)
+        finally:
+            self.pop_callback(_Begin)
         changes = {name: values - head[name] for name, values in gather_saved_whole(self.model).items()}
         trained_before = self.resumed_at >= output.global_step
         check_moved(gather_deltas(self.model, self.trained_sites), {} if trained_before else changes)
@@ -362,6 +367,16 @@ class BeftTrainerMixin(Trainer):
         assert self.bias_scores is not None
         about["sections"] = self.card_sections
         return card_of(self._deltas, self.bias_scores, self.learning_rates, tags=tags, **about)
+
+
+class _Begin(TrainerCallback):
+    """Does something once the engine of a run is there."""
+
+    def __init__(self, act: Callable[[], None]):
+        self.act = act
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.act()
 
 
 class _LogScores(TrainerCallback):
