@@ -109,7 +109,7 @@ ALPACA = [
 
 
 def test_alpaca_rows_are_turns_for_a_template_that_the_recipe_names(tmp_path):
-    """A base without a template of its own: as text the rows would never meet the one that was asked for."""
+    """The base has no template. Rows as plain text would not be given to the template that the recipe names."""
     make_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}")
     (tmp_path / "rows.json").write_text(json.dumps(ALPACA))

@@ -205,7 +205,7 @@ def test_rollouts_of_a_base_without_biases_are_refused_with_what_to_do(tmp_path)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_vllm_answers_as_the_trained_model(tmp_path):
-    """TRL's colocated engine, in a process of its own: greedy tokens of vLLM against those of Transformers."""
+    """TRL's colocated engine, in a separate process: greedy tokens of vLLM against those of Transformers."""
     pytest.importorskip("vllm")
     heads = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}  # of a size that vLLM has
     make_llama(**heads, attention_bias=True, max_position_embeddings=512).save_pretrained(tmp_path / "base")
