@@ -98,6 +98,7 @@ class _FromRows(BeftTrainerMixin):
 
     _formats: Sequence[Sequence[str]]  # the columns of each format that it takes
     _checks: Sequence[Callable[[Any, str], None]] = ()  # of the rows to learn from
+    _reads_every_column = False
 
     def _check_given(self, given: dict[str, Any], skeleton: Any) -> None:
         check_settings(given["args"], given.get("optimizer_cls_and_kwargs"))
@@ -110,7 +111,7 @@ class _FromRows(BeftTrainerMixin):
 
     def _checked(self, rows: Any, name: str) -> Any:
         rows = check_preferences(rows, name, self._formats)
-        if not isinstance(self, _FromRewards):  # reward functions are given every column
+        if not self._reads_every_column:
             warn_of_unread(rows, name)
         return prepare_rows(rows)
 
@@ -134,6 +135,7 @@ class _FromRewards(_FromRows):
     use_vllm: bool
     vllm_generation: Any
     _formats = (("prompt",),)
+    _reads_every_column = True  # reward functions are given them
 
     def __init__(self, *positional: Any, **kwargs: Any):
         self._seen = _Seen()
